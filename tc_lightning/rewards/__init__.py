@@ -1,0 +1,24 @@
+"""Rewards: differentiable image scores, and their weighted sum. Names are imported on first use, so this package stays light."""
+
+import importlib
+
+_HOMES = {
+    "Reward": "base",
+    "FunctionReward": "base",
+    "RewardMix": "mix",
+    "CLIPScore": "clip",
+    "PickScore": "pickscore",
+    "Aesthetic": "aesthetic",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
