@@ -62,6 +62,12 @@ def test_pins_lie_in_the_ranges_and_cover_core_and_dev(root, config):
         assert ranges[name].specifier.contains(specifier.version), f"{pin} is outside {ranges[name]}"
 
 
+def test_every_package_is_listed(root, config):
+    folders = {file.parent.relative_to(root) for file in (root / "tc_lightning").rglob("*.py")}
+    packages = {".".join(folder.parts) for folder in folders}
+    assert set(config["options"]["packages"].split()) == packages | {"tc_lightning.conf"}
+
+
 def source_files(root: Path) -> list[Path]:
     """Files of the checkout, as git sees them; relative to root."""
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
