@@ -17,7 +17,7 @@ RESIZE_MODES = ("bicubic", "bilinear", "average")
 
 
 def resize(images: Tensor, size: int | tuple[int, int], mode: str = "bicubic", clamp: bool = True) -> Tensor:
-    """Images [B, 3, h, w] in fp32, antialiased and differentiable; `size` is (h, w), or one number for a square.
+    """Images [B, 3, h, w] in fp32 (fp64 stays), antialiased and differentiable; `size` is (h, w), or one number for a square.
 
     bicubic and bilinear are PIL's filters of those names, which the published scorers were trained with; average is
     adaptive average pooling, the resize of TextCraftor's published code.
@@ -30,10 +30,11 @@ def resize(images: Tensor, size: int | tuple[int, int], mode: str = "bicubic", c
     if mode not in RESIZE_MODES:
         raise ValueError(f"mode={mode!r}, accepted: {', '.join(RESIZE_MODES)}")
     size = (size, size) if isinstance(size, int) else tuple(size)
+    images = images.to(torch.promote_types(images.dtype, torch.float32))
     with torch.autocast(images.device.type, enabled=False):
         if mode == "average":
-            return F.adaptive_avg_pool2d(images.float(), size)
-        resized = F.interpolate(images.float(), size, mode=mode, antialias=True, align_corners=False)
+            return F.adaptive_avg_pool2d(images, size)
+        resized = F.interpolate(images, size, mode=mode, antialias=True, align_corners=False)
         return resized.clamp(0.0, 1.0) if clamp else resized
 
 
@@ -44,17 +45,20 @@ def resize_short_side(images: Tensor, size: int, mode: str = "bicubic") -> Tenso
     return resize(images, (size * height // short, size * width // short), mode)
 
 
-def resize_longest_side_and_pad(images: Tensor, size: int, pad_value: float = 0.0, mode: str = "bicubic") -> Tensor:
+def resize_longest_side_and_pad(
+    images: Tensor, size: int, pad_value: float = 0.0, mode: str = "bicubic", clamp: bool = True
+) -> Tensor:
     """Squares [B, 3, size, size]: the long side is `size` pixels, the rest is `pad_value` (in [0, 1]) on both sides.
 
-    The preprocessing of the hpsv2 package; on square images it is the same as resize.
+    The preprocessing of the hpsv2 package, which resizes floating-point pixels and so keeps the overshoot (`clamp=False`);
+    on square images it is the same as resize.
     """
     height, width = images.shape[-2:]
-    longest = max(height, width)
-    new_height, new_width = max(1, round(height * size / longest)), max(1, round(width * size / longest))
+    scale = size / max(height, width)  # the product is rounded, as there: round(height * size / longest) can differ by one
+    new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
     down, across = size - new_height, size - new_width
     margins = (across // 2, across - across // 2, down // 2, down - down // 2)
-    return F.pad(resize(images, (new_height, new_width), mode), margins, value=pad_value)
+    return F.pad(resize(images, (new_height, new_width), mode, clamp), margins, value=pad_value)
 
 
 def center_crop(images: Tensor, size: int | tuple[int, int]) -> Tensor:

@@ -9,6 +9,9 @@ _HOMES = {
     "CLIPScore": "clip",
     "PickScore": "pickscore",
     "Aesthetic": "aesthetic",
+    "HPSv2": "hpsv2",
+    "CLIPTunedScore": "clip_tuned",
+    "ImageReward": "imagereward",
 }
 
 __all__ = sorted(_HOMES)

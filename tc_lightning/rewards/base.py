@@ -98,8 +98,7 @@ class Reward(Metric):
         """Moves the towers to a dtype (bf16 on a GPU); preprocessing, heads and cosines stay in fp32. None changes nothing."""
         if dtype is not None:
             for module in self.children():
-                if not getattr(module, "keeps_fp32", False):
-                    module.to(as_dtype(dtype))
+                module.to(as_dtype(dtype))
         return self
 
     def train(self, mode: bool = True) -> "Reward":
@@ -141,9 +140,7 @@ class FunctionReward(Reward):
         if isinstance(function, str):
             function = _import(function)
         if not callable(function):
-            raise ValueError(
-                f"FunctionReward needs a callable f(images, prompts) -> [B], got {type(function).__name__}"
-            )
+            raise ValueError(f"FunctionReward needs a callable f(images, prompts) -> [B], got {type(function).__name__}")
         super().__init__(weight, name or getattr(function, "__name__", type(function).__name__).lower())
         self.function = function
         self.differentiable = differentiable
@@ -188,17 +185,13 @@ def check_batch(images: Tensor, prompts: Sequence[str], name: str) -> Tensor:
         got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"reward {name}: images must be a tensor [B, 3, H, W], got {got}")
     if not images.is_floating_point():
-        raise ValueError(
-            f"reward {name}: images must be floating point in [0, 1], got {images.dtype}; divide bytes by 255"
-        )
+        raise ValueError(f"reward {name}: images must be floating point in [0, 1], got {images.dtype}; divide bytes by 255")
     if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"reward {name}: prompts must be a list of strings, one an image")
     if len(prompts) == 0:
         raise ValueError(f"reward {name}: the list of prompts is empty")
     if len(prompts) != len(images):
-        raise ValueError(
-            f"reward {name}: {len(images)} images but {len(prompts)} prompts, one prompt an image is needed"
-        )
+        raise ValueError(f"reward {name}: {len(images)} images but {len(prompts)} prompts, one prompt an image is needed")
     return images.to(torch.promote_types(images.dtype, torch.float32))
 
 
@@ -215,9 +208,7 @@ def check_values(images: Tensor, scores: dict[str, Tensor], prompts: Sequence[st
         finite = [value.detach().isfinite().all() for value in scores.values()]
         if bool(torch.stack([inside, *finite]).all()):
             return
-        bad_images = [
-            prompt for prompt, image in zip(prompts, images.detach(), strict=True) if not image.isfinite().all()
-        ]
+        bad_images = [prompt for prompt, image in zip(prompts, images.detach(), strict=True) if not image.isfinite().all()]
         if bad_images:
             raise FloatingPointError(f"images are not finite (NaN or infinity) for prompts {bad_images}")
         if not bool(inside):

@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 NAMES_SHOWN = 5
 
@@ -23,7 +23,7 @@ def local_path(checkpoint: str | Path) -> Path | None:
     if path.exists():
         return path
     text = str(checkpoint)
-    if text.count("/") == 1 and not text.startswith((".", "/", "~")) and not path.suffix.lower() in _SUFFIXES:
+    if text.count("/") == 1 and not text.startswith((".", "/", "~")) and path.suffix.lower() not in _SUFFIXES:
         return None
     raise FileNotFoundError(f"no such checkpoint: {text} (give an existing file or folder, or a hub id owner/name)")
 
@@ -101,31 +101,33 @@ def _read(path: Path) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"{path} is refused: it is a pickle with more than tensors in it, and reading it could run code. "
-            f"Save its state dict alone, or as .safetensors ({reason})"
-        ) from error
+        raise refused_pickle(path, error) from error
     except (RuntimeError, EOFError) as error:
         raise ValueError(f"{path} is not a whole torch checkpoint: {error}") from error
 
 
-def load_strict(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Loads a state dict whose names and shapes must fit exactly.
+def refused_pickle(source: str | Path, error: Exception) -> ValueError:
+    """The error for a pickle that holds more than tensors."""
+    reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), "not only tensors")
+    return ValueError(
+        f"{source} is refused: it is a pickle with more than tensors in it, and reading it could run code. "
+        f"Save its state dict alone, or as .safetensors ({reason.strip()})"
+    )
+
+
+def check_layout(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:
+    """Compares names and shapes of a state dict with what a module has.
 
     Raises:
         ValueError: lists the first missing, unexpected and differently shaped names.
     """
-    own = module.state_dict()
-    missing = [name for name in own if name not in state]
-    unexpected = [name for name in state if name not in own]
     shapes = [
-        f"{name} {tuple(value.shape)} instead of {tuple(own[name].shape)}"
+        f"{name} {tuple(value.shape)} instead of {tuple(expected[name].shape)}"
         for name, value in state.items()
-        if name in own and value.shape != own[name].shape
+        if name in expected and value.shape != expected[name].shape
     ]
+    missing, unexpected = [name for name in expected if name not in state], [name for name in state if name not in expected]
     check_names(source, missing, unexpected, shapes)
-    module.load_state_dict(state)
 
 
 def check_names(source: str, missing: list[str], unexpected: list[str], shapes: list[str]) -> None:
@@ -136,9 +138,7 @@ def check_names(source: str, missing: list[str], unexpected: list[str], shapes: 
         if names
     ]
     if parts:
-        raise ValueError(
-            f"{source} does not have the expected layout; {'; '.join(parts)}. Is config= that of the checkpoint?"
-        )
+        raise ValueError(f"{source} does not have the expected layout; {'; '.join(parts)}. Is config= that of the checkpoint?")
 
 
 def url_file(url: str, sha256: str) -> Path:
@@ -149,8 +149,6 @@ def url_file(url: str, sha256: str) -> Path:
         try:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
         except (OSError, RuntimeError) as error:
-            raise OSError(
-                f"cannot download {url}: {error}. Get it by other means and give checkpoint=<local file>"
-            ) from error
+            raise OSError(f"cannot download {url}: {error}. Get it by other means and give checkpoint=<local file>") from error
     check_sha256(path, sha256)
     return path

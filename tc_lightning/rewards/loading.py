@@ -1,15 +1,18 @@
 """A CLIP from a transformers folder, a hub id or an open_clip file."""
 
 import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 
 from tc_lightning.pixels import CLIP_MEAN, CLIP_STD
 from tc_lightning.rewards.base import as_dtype
-from tc_lightning.rewards.checkpoints import check_names, local_path
+from tc_lightning.rewards.checkpoints import check_names, local_path, refused_pickle
+from tc_lightning.rewards.openclip import clean_prompt, clip_from_file
 from tc_lightning.rewards.towers import CLIPTower, shared_tower
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
@@ -46,12 +49,10 @@ def load_clip(
 
     def load() -> CLIPTower:
         if is_file:
-            from tc_lightning.rewards.openclip import clip_from_file
-
             clip, (mean, std) = clip_from_file(path, config, sha256), (CLIP_MEAN, CLIP_STD)
         else:
             clip, (mean, std) = clip_from_folder(where, revision), pixel_statistics(where, revision)
-        tower = CLIPTower(clip, load_tokenizer(tokenizer, tokenizer_revision), mean, std)
+        tower = CLIPTower(clip, load_tokenizer(tokenizer, tokenizer_revision), mean, std, clean_prompt if is_file else None)
         return tower.to(as_dtype(dtype)) if dtype is not None else tower
 
     key = (where, revision, repr(config), str(tokenizer), tokenizer_revision, str(dtype and as_dtype(dtype)))
@@ -65,11 +66,20 @@ def clip_from_folder(checkpoint: str, revision: str | None = None) -> CLIPModel:
         OSError: not there, or no network.
         ValueError: weights are missing, unexpected or of another shape.
     """
-    clip, info = CLIPModel.from_pretrained(
-        checkpoint, revision=revision or "main", dtype=torch.float32, output_loading_info=True
-    )
-    names = [sorted(str(name) for name in info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")]
-    check_names(checkpoint, *names)
+    try:
+        clip, info = CLIPModel.from_pretrained(
+            checkpoint,
+            revision=revision or "main",
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are an error below, with their names
+        )
+    except pickle.UnpicklingError as error:
+        raise refused_pickle(checkpoint, error) from error
+    except SafetensorError as error:
+        raise ValueError(f"{checkpoint} has a safetensors file that is not whole: {error}") from error
+    shapes = [f"{name} {tuple(found)} instead of {tuple(own)}" for name, found, own in info["mismatched_keys"]]
+    check_names(checkpoint, sorted(info["missing_keys"]), sorted(info["unexpected_keys"]), shapes)
     return clip
 
 

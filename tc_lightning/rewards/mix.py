@@ -86,9 +86,7 @@ class RewardMix(nn.Module):
 
 def _check_name(name: str) -> str:
     if not isinstance(name, str) or not name.isidentifier() or name == "total" or hasattr(nn.ModuleDict, name):
-        raise ValueError(
-            f"{name!r} cannot name a reward: letters, digits and underscores, and not 'total' or a dict's method"
-        )
+        raise ValueError(f"{name!r} cannot name a reward: letters, digits and underscores, and not 'total' or a dict's method")
     return name
 
 
@@ -98,6 +96,4 @@ def _as_reward(name: str, value: Reward | Callable) -> Reward:
         return value
     if callable(value):
         return FunctionReward(value, name=name)
-    raise ValueError(
-        f"reward {name} is a {type(value).__name__}; expected a Reward or a callable (is `_target_` missing?)"
-    )
+    raise ValueError(f"reward {name} is a {type(value).__name__}; expected a Reward or a callable (is `_target_` missing?)")

@@ -25,8 +25,8 @@ class PickScore(Reward):
         weight, name: as in :class:`Reward`.
         preprocess: "scorer" or "avgpool".
         dtype: dtype of the tower, fp32 by default.
-        all_pairs: score each image against all prompts of its chunk of 4, mismatched ones included, as the tables of the TextCraftor
-            paper do. Only to compare with them: a sample's score then depends on its neighbours.
+        all_pairs: score each image against all prompts of its chunk of 4, mismatched ones included, as the tables of the
+            TextCraftor paper do. Only to compare with them: a sample's score then depends on its neighbours.
     """
 
     def __init__(

@@ -29,7 +29,8 @@ def tower_pixels(images: Tensor, size: int, mean: Sequence[float], std: Sequence
     - "pad": the longest side scaled, the rest black;
     - "avgpool": adaptive average pooling, which distorts non-square images (TextCraftor's training code).
 
-    Scaling is bicubic and antialiased, clamped to [0, 1] as an 8-bit picture is.
+    Scaling is bicubic and antialiased. Where the scorer resizes an 8-bit picture ("crop", "crop_down") the overshoot is clamped to
+    [0, 1]; hpsv2 ("pad") resizes floating-point pixels and keeps it.
     """
 
     def make() -> Tensor:
@@ -38,7 +39,7 @@ def tower_pixels(images: Tensor, size: int, mean: Sequence[float], std: Sequence
             top, left = (_margin(side - size, fit) for side in scaled.shape[-2:])
             return scaled[..., top : top + size, left : left + size]
         if fit == "pad":
-            return resize_longest_side_and_pad(images, size, pad_value=0.0)
+            return resize_longest_side_and_pad(images, size, pad_value=0.0, clamp=False)
         return F.adaptive_avg_pool2d(images.to(torch.promote_types(images.dtype, torch.float32)), size)
 
     return normalize(once(("pixels", size, fit), images, make), mean, std)

@@ -22,7 +22,7 @@ def shared_features() -> Iterator[None]:
 
 
 def once(key: tuple, owner: Any, make: Callable[[], Any]) -> Any:
-    """make(), or what it gave before for this key within :func:`shared_features`. `owner` is kept alive, so its id stays its own."""
+    """make(), or what it gave before for this key within :func:`shared_features`. The owner lives as long as the value."""
     store = _store.get()
     if store is None:
         return make()

@@ -28,6 +28,7 @@ class CLIPTower(nn.Module):
         clip: a transformers CLIPModel.
         tokenizer: its tokenizer; prompts are cut at the tower's limit, as CLIP does.
         mean, std: pixel normalisation, three numbers each.
+        clean: what is done to a prompt before its tokenizer; nothing by default.
 
     Raises:
         ValueError: the tokenizer does not fit the text encoder.
@@ -39,10 +40,12 @@ class CLIPTower(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         mean: Sequence[float] = CLIP_MEAN,
         std: Sequence[float] = CLIP_STD,
+        clean: Callable[[str], str] | None = None,
     ) -> None:
         super().__init__()
         self.clip = clip.requires_grad_(False).eval()
         self.tokenizer = tokenizer
+        self.clean = clean or str
         self.mean, self.std = tuple(mean), tuple(std)
         self.image_size = clip.config.vision_config.image_size
         text = clip.config.text_config
@@ -94,7 +97,11 @@ class CLIPTower(nn.Module):
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """input_ids [B, L], cut at the tower's limit with the end token kept."""
         tokens = self.tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
+            [self.clean(prompt) for prompt in prompts],
+            padding="max_length",
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
         )
         return tokens.input_ids.to(self.clip.device)
 
