@@ -1,0 +1,326 @@
+"""The parts of one latent diffusion model, by diffusers' own names: loading, encoding, decoding, what learns."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+TINY = Path(__file__).parent / "tiny" / "weights"
+MODES = ("full", "lora", "frozen")
+LORA_TARGETS = {
+    "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
+    "unet": ["to_q", "to_k", "to_v", "to_out.0"],
+}
+PARTS = {
+    "text_encoder": (CLIPTextModel, "text_encoder"),
+    "vae": (AutoencoderKL, "vae"),
+    "unet": (UNet2DConditionModel, "unet"),
+}
+# Architectures for `random_weights`: what differs from the classes' defaults, which are Stable Diffusion 1's UNet.
+_VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "sample_size": 512,
+}
+_NOISE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+ARCHITECTURES: dict[str, dict[str, dict[str, Any]]] = {
+    "sd15": {
+        "text_encoder": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+        "unet": {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64},
+        "vae": _VAE,
+        "scheduler": _NOISE,
+    },
+    "sd21": {
+        "text_encoder": {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 23,
+            "num_attention_heads": 16,
+            "hidden_act": "gelu",
+            "projection_dim": 512,
+        },
+        "unet": {
+            "cross_attention_dim": 1024,
+            "attention_head_dim": (5, 10, 20, 20),
+            "sample_size": 96,
+            "use_linear_projection": True,
+        },
+        "vae": {**_VAE, "sample_size": 768},
+        "scheduler": {**_NOISE, "prediction_type": "v_prediction"},
+    },
+}
+
+
+class BackboneError(ValueError):
+    """A model could not be loaded; the message says what was tried and which key mends it."""
+
+
+class Backbone(nn.Module):
+    """One latent diffusion model.
+
+    Args:
+        tokenizer: CLIPTokenizer; prompts are padded and cut to its `model_max_length` (77 in Stable Diffusion).
+        text_encoder, vae, unet: as in diffusers' StableDiffusionPipeline.
+        noise_scheduler: gives alpha_bar, the prediction type and the number of training timesteps.
+        source: what `load` was given, kept for run records.
+    """
+
+    def __init__(
+        self,
+        tokenizer: CLIPTokenizer,
+        text_encoder: CLIPTextModel,
+        vae: AutoencoderKL,
+        unet: UNet2DConditionModel,
+        noise_scheduler: DDIMScheduler,
+        source: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.text_encoder = text_encoder
+        self.vae = vae
+        self.unet = unet
+        self.noise_scheduler = noise_scheduler
+        self.source = source or {}
+        self.modes = {"text_encoder": "frozen", "unet": "frozen"}
+        self.requires_grad_(False)
+        self.eval()
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        revision: str | None = None,
+        variant: str | None = None,
+        text_encoder: str | Path | None = None,
+        unet: str | Path | None = None,
+        config: str | Path | None = None,
+        random_weights: bool = False,
+        architecture: str | None = None,
+        seed: int = 0,
+        image_size: int | None = None,
+    ) -> Backbone:
+        """Load a model in fp32, everything frozen.
+
+        Args:
+            source: "tiny" (the embedded model), a diffusers folder, a hub id, a single .safetensors or .ckpt file in the
+                original layout, or a run folder (its base with what it tuned).
+            revision: hub commit, tag or branch.
+            variant: file variant, for example "fp16".
+            text_encoder, unet: another run folder, model folder or hub id to take that part from.
+            config: for a single file, a diffusers folder or hub id of the same architecture.
+            random_weights: published architecture, weights drawn from `seed`; nothing is downloaded.
+            architecture: "sd15" or "sd21", for `random_weights`.
+            image_size: pixels; the model's own by default.
+
+        Raises:
+            BackboneError: not found, no network or no permission, or a part that does not fit.
+        """
+        record = {"source": str(source), "revision": revision, "variant": variant, "config": config and str(config)}
+        record |= {"random_weights": random_weights, "architecture": architecture, "seed": seed, "image_size": image_size}
+        folder = Path(source)
+        if random_weights:
+            backbone = cls(**_random_parts(architecture or str(source), seed))
+        elif (folder / "run.json").is_file():
+            backbone = cls._from_run(folder)
+            record = {**backbone.source}
+        elif folder.suffix in (".safetensors", ".ckpt"):
+            backbone = cls(**_single_file_parts(folder, config))
+        else:
+            backbone = cls(**_folder_parts(TINY if str(source) == "tiny" else source, revision, variant))
+        for part, given in (("text_encoder", text_encoder), ("unet", unet)):
+            if given is not None:
+                backbone.replace(part, given)
+                record[part] = str(given)
+        backbone.source = record
+        return backbone
+
+    @classmethod
+    def _from_run(cls, folder: Path) -> Backbone:
+        record = json.loads((folder / "run.json").read_text()).get("backbone")
+        if record is None:
+            raise BackboneError(f"{folder}/run.json names no backbone: not a finished training run")
+        backbone = cls.load(**record)
+        found = [part for part in ("text_encoder", "unet") if (folder / part).is_dir()]
+        if not found:
+            raise BackboneError(f"{folder} holds no text_encoder/ or unet/: the run did not finish or tuned nothing")
+        for part in found:
+            backbone.replace(part, folder / part)
+            backbone.source[part] = str(folder / part)
+        return backbone
+
+    def replace(self, part: str, source: str | Path) -> None:
+        """Take `text_encoder` or `unet` from a run folder, a model folder, a diffusers folder or a hub id.
+
+        Raises:
+            BackboneError: nothing there, or shapes other than this backbone's.
+        """
+        kind, name = PARTS[part]
+        folder = Path(source)
+        sub = name if not folder.is_dir() or (folder / name).is_dir() else None
+        model = _fetch(kind, source, sub, None, None)
+        mine = {key: value.shape for key, value in getattr(self, part).state_dict().items()}
+        theirs = {key: value.shape for key, value in model.state_dict().items()}
+        if mine != theirs:
+            odd = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+            raise BackboneError(f"{source} does not fit as {part}: {odd[0]} is {theirs.get(odd[0])}, not {mine.get(odd[0])}")
+        setattr(self, part, model.requires_grad_(False).eval())
+
+    @property
+    def image_size(self) -> int:
+        """Pixels of a side, from the UNet's own sample size unless `load` was told another."""
+        return self.source.get("image_size") or self.unet.config.sample_size * self.downscale
+
+    @property
+    def downscale(self) -> int:
+        """Pixels a latent pixel stands for."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of one latent."""
+        side = self.image_size // self.downscale
+        return self.unet.config.in_channels, side, side
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.unet.parameters()).device
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """input_ids [B, L] on the model's device, padded and cut to the tokenizer's limit."""
+        options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        return self.tokenizer(list(prompts), **options).input_ids.to(self.device)
+
+    def token_counts(self, prompts: Sequence[str]) -> list[int]:
+        """Tokens of each prompt before cutting, start and end included."""
+        return [len(ids) for ids in self.tokenizer(list(prompts), truncation=False, verbose=False).input_ids]
+
+    def encode(self, prompts: Sequence[str], text_encoder: nn.Module | None = None) -> Tensor:
+        """prompt_embeds [B, L, D] of the given text encoder, or the backbone's own."""
+        return (text_encoder or self.text_encoder)(self.tokenize(prompts)).last_hidden_state
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] of latents [B, C, h, w]; clamped, so saturated pixels carry no gradient."""
+        config = self.vae.config
+        latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        images = self.vae.decode(latents.to(self.vae.dtype)).sample
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    def tune(self, text_encoder: str = "full", unet: str = "frozen", rank: int = 8) -> Backbone:
+        """Say what learns: each part is full (all weights), lora (low-rank adapters of `rank`) or frozen."""
+        for part, mode in (("text_encoder", text_encoder), ("unet", unet)):
+            if mode not in MODES:
+                raise ValueError(f"tune.{part}={mode}: accepted are {', '.join(MODES)}")
+            if mode == "full":
+                getattr(self, part).requires_grad_(True)
+            elif mode == "lora":
+                self._add_lora(part, rank)
+            self.modes[part] = mode
+        return self
+
+    def _add_lora(self, part: str, rank: int) -> None:
+        from peft import LoraConfig
+
+        targets = LORA_TARGETS[part]
+        getattr(self, part).add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=True))
+
+    def frozen_text_encoder(self) -> CLIPTextModel:
+        """A frozen copy of the text encoder as it is now."""
+        return copy.deepcopy(self.text_encoder).requires_grad_(False).eval()
+
+
+def save_model(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Save a transformers or diffusers model as safetensors, optionally in another dtype; the model is not changed.
+
+    A text encoder gets the `text_model.` prefix that transformers 4, older diffusers, ComfyUI and A1111 look for: without
+    it they load random weights and say nothing. transformers 5 reads both.
+    """
+    copied = copy.deepcopy(model).to(dtype or next(model.parameters()).dtype)
+    if not isinstance(copied, CLIPTextModel):
+        copied.save_pretrained(str(folder))
+        return
+    state = {key if key.startswith("text_model.") else f"text_model.{key}": v for key, v in copied.state_dict().items()}
+    copied.save_pretrained(str(folder), state_dict=state)
+
+
+def _folder_parts(source: str | Path, revision: str | None, variant: str | None) -> dict[str, Any]:
+    parts = {part: _fetch(kind, source, name, revision, variant) for part, (kind, name) in PARTS.items()}
+    parts["tokenizer"] = _fetch(CLIPTokenizer, source, "tokenizer", revision, None)
+    parts["noise_scheduler"] = _fetch(DDIMScheduler, source, "scheduler", revision, None)
+    return parts
+
+
+def _fetch(kind: type, source: str | Path, subfolder: str | None, revision: str | None, variant: str | None) -> Any:
+    options: dict[str, Any] = {"revision": revision} if revision else {}
+    if subfolder:
+        options["subfolder"] = subfolder
+    if issubclass(kind, nn.Module):
+        options |= {"torch_dtype": torch.float32}
+        options |= {"variant": variant} if variant else {}
+    try:
+        return kind.from_pretrained(str(source), **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise BackboneError(_explain(source, subfolder, error)) from error
+
+
+def _explain(source: str | Path, subfolder: str | None, error: Exception) -> str:
+    where = f"{source}" + (f" ({subfolder}/)" if subfolder else "")
+    if Path(source).exists():
+        return f"could not read {where}: {str(error).splitlines()[0]}"
+    if str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
+        return f"no such folder or file: {source}"
+    return (
+        f"could not fetch {where} from the hub: {str(error).splitlines()[0]}\n"
+        "Without network: download it elsewhere and give the folder with backbone=local backbone.source=<folder>. "
+        "For a gated model log in with `hf auth login` or set HF_TOKEN; a mirror is set with HF_ENDPOINT. "
+        "To try the code without any weights: backbone.random_weights=true."
+    )
+
+
+def _single_file_parts(path: Path, config: str | Path | None) -> dict[str, Any]:
+    from diffusers import StableDiffusionPipeline
+
+    if not path.is_file():
+        raise BackboneError(f"no such file: {path}")
+    options = {"config": str(config), "local_files_only": Path(config).is_dir()} if config else {}
+    try:
+        pipe = StableDiffusionPipeline.from_single_file(str(path), torch_dtype=torch.float32, safety_checker=None, **options)
+    except (OSError, ValueError, KeyError) as error:
+        hint = "Its architecture and tokenizer come from the hub; offline give backbone.config=<diffusers folder>."
+        raise BackboneError(f"could not read {path}: {str(error).splitlines()[0]}\n{hint}") from error
+    parts = {part: getattr(pipe, part) for part in (*PARTS, "tokenizer")}
+    return {**parts, "noise_scheduler": DDIMScheduler.from_config(pipe.scheduler.config)}
+
+
+def _random_parts(architecture: str, seed: int) -> dict[str, Any]:
+    if architecture not in ARCHITECTURES:
+        raise BackboneError(f"no architecture {architecture!r} for random weights: accepted are {', '.join(ARCHITECTURES)}")
+    numbers = ARCHITECTURES[architecture]
+    tokenizer = CLIPTokenizer.from_pretrained(str(TINY / "tokenizer"), model_max_length=77)
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return {
+            "tokenizer": tokenizer,
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**numbers["text_encoder"], **special)),
+            "vae": AutoencoderKL(**numbers["vae"]),
+            "unet": UNet2DConditionModel(**numbers["unet"]),
+            "noise_scheduler": DDIMScheduler(**numbers["scheduler"]),
+        }

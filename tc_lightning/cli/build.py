@@ -1,0 +1,87 @@
+"""From composed settings to plain objects: the only place where both are seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning import LightningModule, Trainer
+
+from tc_lightning.backbone import Backbone
+from tc_lightning.callbacks import CleanStop, checkpoints
+from tc_lightning.prompts import PromptData
+from tc_lightning.rewards.mix import RewardMix
+
+
+def mix_of(group: DictConfig | None, key: str) -> RewardMix | None:
+    """A RewardMix of a multi-select group, None where it is empty.
+
+    Raises:
+        ValueError: a name with a weight but no class, as is left when an experiment sets the weight of a reward that was
+            not chosen.
+    """
+    named = OmegaConf.to_container(group, resolve=True) if group else {}
+    orphans = [name for name, value in named.items() if not isinstance(value, dict) or "_target_" not in value]
+    if orphans:
+        raise ValueError(
+            f"{key}.{orphans[0]} is set but {key}={orphans[0]} is not chosen: add it to {key}=[...] or drop that setting"
+        )
+    return RewardMix({name: instantiate(value) for name, value in named.items()}) if named else None
+
+
+def build_backbone(cfg: DictConfig) -> Backbone:
+    """The model, with what learns switched on."""
+    backbone = instantiate(cfg.backbone)
+    return backbone.tune(**cfg.tune) if "tune" in cfg else backbone
+
+
+def build_method(cfg: DictConfig, backbone: Backbone) -> LightningModule:
+    """The method over the backbone, rewards, constraint and schedule."""
+    reward = mix_of(cfg.reward, "reward")
+    if reward is None:
+        raise ValueError("no reward: reward=[...] takes one or more names, `train --help` lists them")
+    constraint = instantiate(cfg.constraint.constraint) if cfg.get("constraint") else None
+    return instantiate(
+        cfg.method,
+        backbone=backbone,
+        reward=reward,
+        constraint=constraint,
+        watch=mix_of(cfg.get("watch"), "watch"),
+        schedule=instantiate(cfg.schedule),
+        optimizer=instantiate(cfg.optimizer),
+    )
+
+
+def build_data(cfg: DictConfig, backbone: Backbone) -> PromptData:
+    """Prompts in their splits; says once how many the tokenizer cuts."""
+    data = instantiate(cfg.prompts)
+    data.warn_about_length(backbone.token_counts, backbone.tokenizer.model_max_length)
+    return data
+
+
+def build_trainer(cfg: DictConfig, folder: Path) -> Trainer:
+    """Lightning's Trainer with loggers, callbacks and checkpoints that write into the run folder."""
+    loggers = [instantiate(value) for value in (cfg.get("logger") or {}).values()]
+    callbacks = [instantiate(value) for value in (cfg.get("callbacks") or {}).values()]
+    monitor = "val/total" if cfg.val.prompts and cfg.val.every and cfg.val.every <= cfg.max_steps else None
+    saving = checkpoints(folder / "checkpoints", cfg.checkpoint_every, monitor)
+    validation = {"val_check_interval": cfg.val.every, "check_val_every_n_epoch": None} if monitor else {"limit_val_batches": 0}
+    torch.manual_seed(cfg.seed)
+    return instantiate(
+        cfg.trainer,
+        max_steps=cfg.max_steps,
+        default_root_dir=str(folder),
+        logger=loggers or False,
+        callbacks=[*callbacks, *saving, CleanStop()],
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        **validation,
+    )
+
+
+def plain(value: Any) -> dict[str, Any]:
+    """A config as plain data with everything resolved."""
+    return OmegaConf.to_container(value, resolve=True)

@@ -1,0 +1,68 @@
+"""run.json: what a run was, how it ended, what it gave; and the tables printed before and after."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+PACKAGES = ("tc_lightning", "torch", "pytorch-lightning", "diffusers", "transformers", "torchmetrics", "hydra-core", "peft")
+console = Console(highlight=False, soft_wrap=True)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that make numbers."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def git_commit() -> str | None:
+    """The checkout's commit, with + for uncommitted changes; None outside a checkout."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write run.json whole or not at all."""
+    part = folder / "run.json.part"
+    part.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+    os.replace(part, folder / "run.json")
+
+
+def refuse_overwrite(folder: Path, resuming: bool) -> None:
+    """A run folder that holds a run is written to only to resume it.
+
+    Raises:
+        FileExistsError: says how to resume or where to go.
+    """
+    if (folder / "run.json").exists() and not resuming:
+        raise FileExistsError(
+            f"{folder} holds a run already: resume it with ckpt_path=last, or choose another folder with hydra.run.dir=..."
+        )
+
+
+def table(title: str, rows: dict[str, Any]) -> None:
+    """Print a two-column table."""
+    made = Table(title=title, show_header=False, title_justify="left", title_style="bold")
+    for name, value in rows.items():
+        made.add_row(name, str(value))
+    console.print(made)

@@ -1,0 +1,162 @@
+"""Verb train: compose, measure, fine-tune, measure again, export."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from pytorch_lightning import LightningModule, Trainer
+
+from tc_lightning.backbone import Backbone, save_model
+from tc_lightning.callbacks import BeforeAfter
+from tc_lightning.cli import build, record
+from tc_lightning.prompts import PromptData
+from tc_lightning.trainable import trainable_names
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Run the verb in Hydra's output folder; returns the run's record."""
+    _quiet()
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    checkpoint = _checkpoint(cfg.ckpt_path, folder)
+    record.refuse_overwrite(folder, checkpoint is not None)
+    backbone = build.build_backbone(cfg)
+    data = build.build_data(cfg, backbone)
+    module = build.build_method(cfg, backbone)
+    trainer = build.build_trainer(cfg, folder)
+    card = _card(cfg, folder, backbone, data)
+    if trainer.is_global_zero:
+        record.write_record(folder, card)
+        record.table("before", _summary(cfg, folder, module, data, trainer))
+    return _fit(trainer, module, data, checkpoint, folder, card)
+
+
+def _quiet() -> None:
+    # Lightning advises more loader workers for a loader that only hands out strings, and loops that are meant to be short.
+    for about in ("num_workers", "tensorboardX", "Checkpoint directory", "LeafSpec", "save_on_train_epoch_end", "resumable"):
+        warnings.filterwarnings("ignore", message=f".*{about}.*")
+
+
+def _checkpoint(given: str | None, folder: Path) -> Path | None:
+    if given is None:
+        return None
+    path = folder / "checkpoints" / f"{given}.ckpt" if given in ("last", "best") else Path(given)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}: with ckpt_path={given} name the run's folder, hydra.run.dir=<run folder>")
+    return path
+
+
+def _card(cfg: DictConfig, folder: Path, backbone: Backbone, data: PromptData) -> dict[str, Any]:
+    return {
+        "verb": "train",
+        "status": "running",
+        "overrides": list(HydraConfig.get().overrides.task),
+        "git": record.git_commit(),
+        "versions": record.versions(),
+        "backbone": backbone.source,
+        "tuned_fraction": cfg.tuned_fraction,
+        "config": build.plain(cfg),
+        "splits": {name: {"prompts": len(texts), "first": texts[:1]} for name, texts in data.splits.items()},
+    }
+
+
+def _summary(cfg: DictConfig, folder: Path, module: LightningModule, data: PromptData, trainer: Trainer) -> dict[str, Any]:
+    names = set(trainable_names(module))
+    count = sum(parameter.numel() for name, parameter in module.named_parameters() if name in names)
+    calls = cfg.chain.steps * (1 if cfg.chain.guidance_scale == 1 else 2)
+    rewards = ", ".join(f"{reward.weight:g} x {name}" for name, reward in module.reward.rewards.items())
+    constraint = module.constraint.rewards["constraint"] if module.constraint else None
+    gradient = cfg.chain.steps - module.first_gradient_step
+    return {
+        "learns": f"text_encoder {cfg.tune.text_encoder}, unet {cfg.tune.unet}: {count:,} parameters in {len(names)} tensors",
+        "rewards": rewards,
+        "constraint": f"{constraint.weight:g} x {constraint.name}" if constraint else "none",
+        "steps": f"{cfg.max_steps} of batch {data.batch_size} x {trainer.world_size} = {_samples(cfg, data, trainer):,} samples",
+        "chain": f"{cfg.chain.steps} DDIM steps at guidance {cfg.chain.guidance_scale:g}, gradient through {gradient}",
+        "UNet calls": f"{calls} a sample ({2 * gradient if calls > cfg.chain.steps else gradient} with gradient)",
+        "prompts": ", ".join(f"{len(texts)} {name}" for name, texts in data.splits.items()),
+        "device": str(trainer.strategy.root_device),
+        "run folder": str(folder),
+    }
+
+
+def _samples(cfg: DictConfig, data: PromptData, trainer: Trainer) -> int:
+    return cfg.max_steps * data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+
+
+def _fit(
+    trainer: Trainer,
+    module: LightningModule,
+    data: PromptData,
+    checkpoint: Path | None,
+    folder: Path,
+    card: dict[str, Any],
+) -> dict[str, Any]:
+    began = time.monotonic()
+    status = "failed"
+    try:
+        # Lightning turns Ctrl-C into SystemExit(1): what must happen all the same stands in `finally`.
+        trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=False)
+        status = "finished"
+    except (KeyboardInterrupt, SystemExit):
+        status = "interrupted"
+        raise
+    finally:
+        if trainer.is_global_zero:
+            _finish(trainer, module, folder, card, status, time.monotonic() - began)
+    return card
+
+
+def _finish(trainer: Trainer, module: LightningModule, folder: Path, card: dict[str, Any], status: str, seconds: float) -> None:
+    scores = next((callback for callback in trainer.callbacks if isinstance(callback, BeforeAfter)), None)
+    steps = trainer.global_step
+    samples = steps * trainer.datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+    card |= {"status": status, "seconds": round(seconds, 1), "samples": samples, "steps": steps}
+    card |= {"device": str(trainer.strategy.root_device), "metrics": scores.metrics() if scores else {}}
+    if status == "finished":
+        export_tuned(module.backbone, folder)
+        if scores and scores.scores.rows:
+            scores.scores.save(folder / "scores.csv")
+    record.write_record(folder, card)
+    if status == "finished":
+        _say_result(folder, scores)
+    else:
+        _say_resume(folder, status)
+
+
+def export_tuned(backbone: Backbone, folder: Path) -> None:
+    """Write text_encoder/ and unet/ as far as they were tuned, for from_pretrained; LoRA adapters go to lora/."""
+    for part, mode in backbone.modes.items():
+        model = getattr(backbone, part)
+        if mode == "full":
+            save_model(model, folder / part)
+        elif mode == "lora":
+            backbone.save_lora(part, folder / "lora" / part)
+
+
+def _say_result(folder: Path, scores: BeforeAfter | None) -> None:
+    if scores and len(scores.scores.models) == 2:
+        table = record.Table("score", "before", "after", "after - before, 95 %", title="held-out prompts, same seeds")
+        for name in scores.scores.rewards:
+            before, after = (f"{scores.scores.column(model, name).mean():.4f}" for model in ("before", "after"))
+            table.add_row(name, before, after, str(scores.scores.paired(name, "before", "after")))
+        record.console.print(table)
+    record.console.print(f"\nrun folder  {folder}\npicture     {folder / 'samples' / 'before_after.png'}")
+    record.console.print(f"""next        python -m tc_lightning generate run={folder} text='["a red circle on the left"]'""")
+
+
+def _say_resume(folder: Path, status: str) -> None:
+    overrides = " ".join(f"'{word}'" if any(c in word for c in " [{'\"") else word for word in sys.argv[2:] if "ckpt_path" not in word)
+    overrides = " ".join(word for word in overrides.split() if not word.startswith("hydra.run.dir"))
+    last = folder / "checkpoints" / "last.ckpt"
+    record.console.print(f"\n{status}; run folder {folder}")
+    if last.exists():
+        command = f"python -m tc_lightning train {overrides} hydra.run.dir={folder} ckpt_path=last"
+        record.console.print(f"resume      {' '.join(command.split())}")
+    else:
+        record.console.print("no checkpoint was written yet: start it again")

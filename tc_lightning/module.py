@@ -1,0 +1,165 @@
+"""TextCraftor as a LightningModule (Li et al., CVPR 2024, Algorithm 1): prompts in, reward back-propagated, text encoder out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+
+from tc_lightning.backbone import Backbone
+from tc_lightning.chain import Chain
+from tc_lightning.conditioning import Conditioning, constant, guidance_pair, switch, tuned_from
+from tc_lightning.sampling import sample
+from tc_lightning.noise import gaussian
+from tc_lightning.rewards.base import Reward
+from tc_lightning.rewards.mix import RewardMix
+from tc_lightning.schedules import LastK
+from tc_lightning.trainable import check_names, keep_trainable, trainable_names
+
+Optimizer = Callable[..., torch.optim.Optimizer]
+
+
+class TextCraftor(LightningModule):
+    """Fine-tunes a backbone's text encoder (and UNet, where `backbone.tune` said so) against differentiable rewards.
+
+    Args:
+        backbone: the model; what learns is what `backbone.tune` set, by default the whole text encoder.
+        reward: weighted rewards, maximised (Eq. 7).
+        constraint: a further reward with its own weight (the CLIP constraint), or None.
+        watch: scores that are never trained on (an oracle, rewards kept aside), measured beside the others.
+        schedule: which steps carry gradient; the tuned text is seen from the first of them on.
+        optimizer: given the trainable parameters; the paper's AdamW by default.
+        steps, guidance_scale, timestep_spacing, keep_activations: of the chain.
+        tuned_fraction: when sampling, the tuned text is used where t < 1000 * tuned_fraction (0.6 is the paper's).
+
+    Raises:
+        ValueError: a reward without gradient, nothing to learn, or more gradient steps than steps.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        reward: RewardMix,
+        constraint: Reward | None = None,
+        watch: RewardMix | None = None,
+        schedule: Callable[..., Tensor] | None = None,
+        optimizer: Optimizer | None = None,
+        steps: int = 25,
+        guidance_scale: float = 7.5,
+        timestep_spacing: str = "trailing",
+        keep_activations: str | int = "none",
+        tuned_fraction: float = 0.6,
+    ) -> None:
+        super().__init__()
+        if set(backbone.modes.values()) == {"frozen"}:
+            backbone.tune(text_encoder="full")
+        self.backbone = backbone
+        self.original = _original(backbone)
+        self.reward = reward
+        self.constraint = RewardMix(constraint=constraint) if constraint is not None else None
+        self.watch = watch
+        self.schedule = schedule or LastK(5)
+        self.chain = Chain(backbone.unet, backbone.noise_scheduler, steps, guidance_scale, timestep_spacing, keep_activations)
+        self.tuned_fraction = tuned_fraction
+        self.optimizer = optimizer or torch.optim.AdamW
+        self.first_gradient_step = self.schedule.first_gradient_step(steps)
+        tuned_from(self.chain.timesteps, tuned_fraction)  # refuse a fraction outside [0, 1] now, not after the first epoch
+        for mix in (self.reward, self.constraint):
+            if mix is not None:
+                mix.require_differentiable()
+        if not trainable_names(self):
+            raise ValueError("nothing learns: tune.text_encoder and tune.unet are both frozen")
+        self.strict_loading = False
+
+    def training_step(self, batch: dict[str, list], batch_index: int) -> Tensor:
+        """One step of Algorithm 1 on a batch {"prompts": [B], "seeds": [B]}; returns the loss."""
+        prompts = batch["prompts"]
+        x = gaussian(batch["seeds"], self.backbone.latent_shape).to(self.device)
+        latents = self.schedule(self.chain, x, self.condition(prompts))
+        images = self.backbone.decode(latents)
+        return self.objective(images, prompts)
+
+    def condition(self, prompts: Sequence[str], first_tuned_step: int | None = None) -> Conditioning:
+        """The original text before `first_tuned_step` and the tuned text from it on; null embeddings likewise."""
+        first = self.first_gradient_step if first_tuned_step is None else first_tuned_step
+        tuned = self._pair(prompts, self.backbone.text_encoder)
+        if self.original is None or first == 0:
+            return constant(tuned)
+        with torch.no_grad():
+            original = self._pair(prompts, self.original)
+        return switch(original, tuned, first)
+
+    def _pair(self, prompts: Sequence[str], text_encoder: nn.Module) -> Tensor:
+        embeds = self.backbone.encode(["", *prompts], text_encoder)
+        return guidance_pair(embeds[:1], embeds[1:])
+
+    def objective(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Loss = -sum_i w_i R_i - w_c C, averaged over the batch (Eq. 7); every term is logged by name."""
+        total, scores = self.reward(images, prompts)
+        logged = {f"train/{name}": value.detach().mean() for name, value in scores.items()}
+        loss = -total.mean()
+        if self.constraint is not None:
+            held, terms = self.constraint(images, prompts)
+            loss = loss - held.mean()
+            logged["train/constraint"] = terms["constraint"].detach().mean()
+        self.log_dict(logged, batch_size=len(prompts))
+        self.log("train/loss", loss.detach(), batch_size=len(prompts))
+        self.log("train/reward", total.detach().mean(), prog_bar=True, batch_size=len(prompts))
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the gradient's norm before clipping."""
+        norms = [parameter.grad.norm() for parameter in self.parameters() if parameter.grad is not None]
+        self.log("train/grad_norm", torch.stack(norms).norm())
+
+    @torch.no_grad()
+    def score(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Every score [B] by name: `total` (the rewards' weighted sum), each reward, the constraint, what is watched."""
+        total, scores = self.reward(images, prompts)
+        named = {"total": total, **scores}
+        if self.constraint is not None:
+            named |= self.constraint(images, prompts)[1]
+        if self.watch is not None:
+            named |= self.watch(images, prompts)[1]
+        return named
+
+    @torch.no_grad()
+    def validation_step(self, batch: dict[str, list], batch_index: int) -> None:
+        """Score dev prompts sampled as at test time; logs val/total and val/<name>, and watch/<name> for what is watched."""
+        prompts = batch["prompts"]
+        watched = self.watch.rewards if self.watch is not None else {}
+        for name, value in self.score(self.sample(prompts, batch["seeds"]), prompts).items():
+            key = f"watch/{name}" if name in watched else f"val/{name}"
+            self.log(key, value.mean(), prog_bar=name == "total", batch_size=len(prompts), sync_dist=True)
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[str], seeds: Sequence[int], tuned: bool = True) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] as at test time, or the original model's with `tuned=False` (text only)."""
+        first = tuned_from(self.chain.timesteps, self.tuned_fraction) if tuned else len(self.chain)
+        return sample(self.backbone, self.chain, self.condition(prompts, first), seeds)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimizer over exactly the parameters that learn."""
+        return self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+
+    def train(self, mode: bool = True) -> TextCraftor:
+        """Keep every network in eval mode: dropout has no place in a reward's gradient."""
+        super().train(False)
+        self.training = mode
+        return self
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Frozen networks are not in a checkpoint."""
+        checkpoint["state_dict"] = keep_trainable(checkpoint["state_dict"], self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose names or shapes are not exactly the trainable ones."""
+        check_names(checkpoint["state_dict"], self)
+
+
+def _original(backbone: Backbone) -> nn.Module | None:
+    """A frozen copy of the text encoder, unless the text encoder does not learn."""
+    return None if backbone.modes["text_encoder"] == "frozen" else backbone.frozen_text_encoder()

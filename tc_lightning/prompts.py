@@ -1,0 +1,214 @@
+"""Prompts and their noise seeds as training data: batch k of an epoch is a pure function of (seed, epoch, k)."""
+
+from __future__ import annotations
+
+import csv
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from pytorch_lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+
+from tc_lightning.noise import derive_seed
+from tc_lightning.tiny.shapes import captions
+
+Row = tuple[str, int]
+
+
+def read_prompts(path: str | Path, column: str = "prompt", limit: int | None = None) -> list[str]:
+    """Prompts of a text file (a line each), CSV or TSV (the named column), JSON list or JSON lines; blank ones are dropped.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not UTF-8, no prompt in it, no such column, or an unknown kind of file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no prompt file {path}: a text file with a prompt a line, or .csv, .tsv, .json, .jsonl")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}): convert it, for example with iconv -t utf-8") from error
+    prompts = [prompt.strip() for prompt in _rows(path, text, column) if prompt and prompt.strip()]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt")
+    return prompts[:limit]
+
+
+def _rows(path: Path, text: str, column: str) -> Iterator[str]:
+    if path.suffix in (".txt", ""):
+        return iter(text.splitlines())
+    if path.suffix in (".csv", ".tsv"):
+        table = csv.DictReader(text.splitlines(keepends=True), delimiter="\t" if path.suffix == ".tsv" else ",")
+        names = table.fieldnames or []
+        found = next((name for name in names if name.lower() == column.lower()), None)
+        if found is None:
+            raise ValueError(f"{path} has no column {column!r}: it has {', '.join(names) or 'none'}")
+        return (row[found] for row in table)
+    if path.suffix in (".json", ".jsonl"):
+        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line.strip()]
+        return (row if isinstance(row, str) else row[column] for row in rows)
+    raise ValueError(f"{path}: unknown kind of prompt file {path.suffix!r}, accepted: .txt, .csv, .tsv, .json, .jsonl")
+
+
+def split_prompts(prompts: Sequence[str], dev: int, heldout: int, seed: int = 0) -> dict[str, list[str]]:
+    """train, dev and heldout without overlap, drawn from the distinct prompts by a fixed shuffle.
+
+    Raises:
+        ValueError: too few distinct prompts to leave one for training.
+    """
+    distinct = list(dict.fromkeys(prompts))
+    if len(distinct) <= dev + heldout:
+        raise ValueError(
+            f"{len(distinct)} distinct prompts do not give {dev} for dev (val.prompts), {heldout} held out "
+            "(prompts.heldout) and one to train on: give more prompts, or lower these"
+        )
+    generator = torch.Generator().manual_seed(derive_seed(seed, 11))
+    shuffled = [distinct[i] for i in torch.randperm(len(distinct), generator=generator).tolist()]
+    parts = {"dev": shuffled[:dev], "heldout": shuffled[dev : dev + heldout], "train": shuffled[dev + heldout :]}
+    return {name: parts[name] for name in ("train", "dev", "heldout")}
+
+
+class PromptData(LightningDataModule):
+    """Training prompts with fixed noise seeds, dev prompts for validation, held-out prompts for the verdict.
+
+    Args:
+        train, dev, heldout: prompts; no prompt may be in two of them.
+        batch_size: prompts a step and process.
+        seeds_per_prompt: how many noise seeds a prompt has; epoch e uses number e modulo this.
+        seed: of the order and of the noise seeds.
+        workers: loader processes; they change nothing in the data.
+    """
+
+    def __init__(
+        self,
+        train: Sequence[str],
+        dev: Sequence[str] = (),
+        heldout: Sequence[str] = (),
+        batch_size: int = 8,
+        seeds_per_prompt: int = 1_000_000,
+        seed: int = 0,
+        workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or seeds_per_prompt < 1:
+            raise ValueError(f"batch_size={batch_size}, seeds_per_prompt={seeds_per_prompt}: accepted: 1 or more")
+        if not train:
+            raise ValueError("no prompt to train on")
+        self.splits = {"train": list(train), "dev": list(dev), "heldout": list(heldout)}
+        self._refuse_overlap()
+        self.batch_size, self.seeds_per_prompt, self.seed, self.workers = batch_size, seeds_per_prompt, seed, workers
+
+    @classmethod
+    def shapes(cls, train: int = 4096, dev: int = 128, heldout: int = 256, forget: float = 0.0, seed: int = 0, **options) -> PromptData:
+        """Captions of the shapes world; the splits share no combination of drawings. Dev and held-out do not depend on `seed`."""
+        parts = {"train": captions(train, derive_seed(seed, 12), "train", forget)}
+        parts |= {"dev": captions(dev, 0, "dev") if dev else [], "heldout": captions(heldout, 0, "heldout") if heldout else []}
+        return cls(**parts, seed=seed, **options)
+
+    @classmethod
+    def file(
+        cls,
+        path: str | Path,
+        column: str = "prompt",
+        limit: int | None = None,
+        dev: int = 64,
+        heldout: int = 256,
+        **options,
+    ) -> PromptData:
+        """Prompts of a file, split by a fixed shuffle that does not depend on the run's seed."""
+        return cls(**split_prompts(read_prompts(path, column, limit), dev, heldout), **options)
+
+    def _refuse_overlap(self) -> None:
+        names = list(self.splits)
+        for index, name in enumerate(names):
+            for other in names[index + 1 :]:
+                shared = set(self.splits[name]) & set(self.splits[other])
+                if shared:
+                    raise ValueError(f"{len(shared)} prompts are in both {name} and {other}, for example {min(shared)!r}")
+
+    def warn_about_length(self, count_tokens: Callable[[Sequence[str]], list[int]], limit: int) -> int:
+        """Say once how many training prompts exceed the tokenizer's limit (they are cut); returns that number."""
+        some = self.splits["train"][:10_000]
+        long = sum(count > limit for count in count_tokens(some))
+        if long:
+            warnings.warn(f"{long} of {len(some)} prompts have more than {limit} tokens: the tokenizer cuts them", stacklevel=2)
+        return long
+
+    def row(self, index: int, epoch: int) -> Row:
+        """The prompt and noise seed of a training row in an epoch."""
+        return self.splits["train"][index], derive_seed(self.seed, 13, index, epoch % self.seeds_per_prompt)
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches {"prompts": [B], "seeds": [B]}; a resumed run goes on with the batch after its last."""
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        sampler = EpochBatches(self, rank, world, self._done)
+        return DataLoader(_Rows(self), batch_sampler=sampler, num_workers=self.workers, collate_fn=_collate)
+
+    def val_dataloader(self) -> DataLoader:
+        """Dev prompts, each with one fixed seed; ranks share them out."""
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rows = [(prompt, fixed_seed(index)) for index, prompt in enumerate(self.splits["dev"])]
+        return DataLoader(rows[rank::world], batch_size=max(self.batch_size, 32), collate_fn=_collate)
+
+    def _done(self) -> int:
+        # Lightning replays the data from the start when it resumes within an epoch: the sampler skips by itself.
+        # Checkpoints are written after whole batches only, so the number begun is the number done.
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.ready if self.trainer else 0
+
+
+def fixed_seed(index: int) -> int:
+    """Noise seed of row `index` of a fixed list of prompts, the same in every run."""
+    return derive_seed(0, 14, index)
+
+
+class EpochBatches:
+    """Batches of one rank as lists of (row, epoch), in an order given by (seed, epoch); the last, short batch is dropped.
+
+    Args:
+        data: the prompts.
+        rank, world: this process and how many there are; they share out one global batch.
+        done: how many batches this process has had, in all epochs.
+    """
+
+    def __init__(self, data: PromptData, rank: int = 0, world: int = 1, done: Callable[[], int] = lambda: 0) -> None:
+        self.data, self.rank, self.world, self.done = data, rank, world, done
+        self.rows = len(data.splits["train"])
+        if self.rows < data.batch_size * world:
+            raise ValueError(
+                f"{self.rows} training prompts do not fill one batch of prompts.batch_size={data.batch_size} x {world} processes"
+            )
+
+    def __len__(self) -> int:
+        return self.rows // (self.data.batch_size * self.world)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        done = self.done()
+        for number in range(done, done + len(self)):
+            epoch, batch = divmod(number, len(self))
+            if number == done or batch == 0:
+                order = self._order(epoch)
+            begin = (batch * self.world + self.rank) * self.data.batch_size
+            yield [(row, epoch) for row in order[begin : begin + self.data.batch_size]]
+
+    def _order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(derive_seed(self.data.seed, 15, epoch))
+        return torch.randperm(self.rows, generator=generator).tolist()
+
+
+class _Rows(Dataset):
+    def __init__(self, data: PromptData) -> None:
+        self.splits, self.row = data.splits, data.row
+
+    def __getitem__(self, key: tuple[int, int]) -> Row:
+        return self.row(*key)
+
+    def __len__(self) -> int:
+        return len(self.splits["train"])
+
+
+def _collate(rows: list[Row]) -> dict[str, list]:
+    return {"prompts": [prompt for prompt, _ in rows], "seeds": [seed for _, seed in rows]}
