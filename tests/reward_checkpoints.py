@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 SHARED_DATA = Path(os.environ.get("TC_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
@@ -66,7 +66,7 @@ def small_tokenizer(folder: Path, max_length: int = 32) -> Path:
 
 def full_tokenizer(folder: Path) -> Path:
     """CLIP's own 49408 tokens, from its list of merges in the shared data."""
-    lines = gzip.open(shared_data("bpe_simple_vocab_16e6.txt.gz")).read().decode().split("\n")
+    lines = gzip.decompress(shared_data("bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode().split("\n")
     return clip_tokenizer(folder, [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]], 77)
 
 
@@ -274,7 +274,7 @@ def as_images(picture) -> Tensor:
 def captions(count: int = 20) -> list[str]:
     """Different prompts, some longer than any limit."""
     colours, things = ["red", "blue", "green", "small", "big"], ["dog", "cat", "circle", "star"]
-    made = [f"a {colour} {thing} on the left" for colour in colours for thing in things][:count]
+    made = [f"a {colour} {thing} on the left" for colour in colours for thing in things]
     made[3] = " ".join(made)
     made[7] = "Two   BIG dogs, and the cat's star!"
-    return made
+    return made[:count]

@@ -60,7 +60,7 @@ def clip_reference(folder, pixels, prompt):
 
 
 def build(name, files):
-    """A reward on its small checkpoint, its reference (normalised pixels, prompt) -> score, its image size, fit and unit in cosine."""
+    """A reward on its small checkpoint; its reference (normalised pixels, prompt) -> score; image size, fit, unit in cosine."""
     if name == "hpsv2":
         reward = HPSv2(files["open_clip"], config=OPEN_CLIP, tokenizer=files["tokenizer"])
         state = read_state_dict(files["open_clip"])
