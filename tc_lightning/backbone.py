@@ -115,6 +115,7 @@ class Backbone(nn.Module):
         architecture: str | None = None,
         seed: int = 0,
         image_size: int | None = None,
+        run: str | Path | None = None,
     ) -> Backbone:
         """Load a model in fp32, everything frozen.
 
@@ -128,6 +129,7 @@ class Backbone(nn.Module):
             random_weights: published architecture, weights drawn from `seed`; nothing is downloaded.
             architecture: "sd15" or "sd21", for `random_weights`.
             image_size: pixels; the model's own by default.
+            run: a run folder whose tuned parts are laid over `source` (how a run started from another records it).
 
         Raises:
             BackboneError: not found, no network or no permission, or a part that does not fit.
@@ -139,7 +141,7 @@ class Backbone(nn.Module):
             backbone = cls(**_random_parts(architecture or str(source), seed))
         elif (folder / "run.json").is_file():
             backbone = cls._from_run(folder)
-            record = {**backbone.source}
+            record = {**backbone.source, "run": str(folder)}
         elif folder.suffix in (".safetensors", ".ckpt"):
             backbone = cls(**_single_file_parts(folder, config))
         else:
@@ -149,7 +151,7 @@ class Backbone(nn.Module):
                 backbone.replace(part, given)
                 record[part] = str(given)
         backbone.source = record
-        return backbone
+        return cls.load(run) if run is not None and text_encoder is None and unet is None else backbone
 
     @classmethod
     def _from_run(cls, folder: Path) -> Backbone:
@@ -157,12 +159,14 @@ class Backbone(nn.Module):
         if record is None:
             raise BackboneError(f"{folder}/run.json names no backbone: not a finished training run")
         backbone = cls.load(**record)
-        found = [part for part in ("text_encoder", "unet") if (folder / part).is_dir()]
-        if not found:
-            raise BackboneError(f"{folder} holds no text_encoder/ or unet/: the run did not finish or tuned nothing")
-        for part in found:
+        full = [part for part in ("text_encoder", "unet") if (folder / part).is_dir()]
+        lora = [part for part in ("text_encoder", "unet") if (folder / "lora" / part).is_dir()]
+        if not full and not lora:
+            raise BackboneError(f"{folder} holds no text_encoder/, unet/ or lora/: the run did not finish or tuned nothing")
+        for part in full:
             backbone.replace(part, folder / part)
-            backbone.source[part] = str(folder / part)
+        for part in lora:
+            backbone.load_lora(part, folder / "lora" / part)
         return backbone
 
     def replace(self, part: str, source: str | Path) -> None:
@@ -240,6 +244,29 @@ class Backbone(nn.Module):
 
         targets = LORA_TARGETS[part]
         getattr(self, part).add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=True))
+
+    def save_lora(self, part: str, folder: str | Path) -> None:
+        """Write the adapters of `text_encoder` or `unet` in PEFT's layout (adapter_model.safetensors, adapter_config.json)."""
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        model, folder = getattr(self, part), Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: value.contiguous() for name, value in get_peft_model_state_dict(model, adapter_name="default").items()}
+        save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        model.peft_config["default"].save_pretrained(folder)
+
+    def load_lora(self, part: str, folder: str | Path) -> None:
+        """Add the adapters of a run's lora/<part> folder and merge them into the weights."""
+        from peft import LoraConfig, set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        model = getattr(self, part)
+        model.add_adapter(LoraConfig.from_pretrained(str(folder)))
+        set_peft_model_state_dict(model, load_file(Path(folder) / "adapter_model.safetensors"), adapter_name="default")
+        for module in model.modules():
+            if hasattr(module, "merge") and hasattr(module, "lora_A"):
+                module.merge()
 
     def frozen_text_encoder(self) -> CLIPTextModel:
         """A frozen copy of the text encoder as it is now."""

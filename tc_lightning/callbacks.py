@@ -187,6 +187,10 @@ class CleanStop(Callback):
             trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
             raise KeyboardInterrupt(self.asked)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The finished run's checkpoint, so that it can be continued with a larger max_steps."""
+        trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Hand the signals back."""
         for number, handler in self._old.items():

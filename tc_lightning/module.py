@@ -14,7 +14,7 @@ from tc_lightning.chain import Chain
 from tc_lightning.conditioning import Conditioning, constant, guidance_pair, switch, tuned_from
 from tc_lightning.sampling import sample
 from tc_lightning.noise import gaussian
-from tc_lightning.rewards.base import Reward
+from tc_lightning.rewards.base import BoundReward, Reward
 from tc_lightning.rewards.mix import RewardMix
 from tc_lightning.schedules import LastK
 from tc_lightning.trainable import check_names, keep_trainable, trainable_names
@@ -60,6 +60,8 @@ class TextCraftor(LightningModule):
         self.original = _original(backbone)
         self.reward = reward
         self.constraint = RewardMix(constraint=constraint) if constraint is not None else None
+        if isinstance(constraint, BoundReward):
+            constraint.bind(backbone.text_encoder, backbone.tokenizer)
         self.watch = watch
         self.schedule = schedule or LastK(5)
         self.chain = Chain(backbone.unet, backbone.noise_scheduler, steps, guidance_scale, timestep_spacing, keep_activations)

@@ -50,10 +50,12 @@ def main() -> None:
 
 def _run(verb: str, arguments: list[str]) -> None:
     # hydra.main would read sys.argv with the verb in it; this is what it calls.
+    from hydra import version
     from hydra._internal.utils import _run_hydra, get_args_parser
 
     from tc_lightning.cli.errors import plain_errors
 
+    version.setbase("1.3")
     parser = get_args_parser()
     with plain_errors(verb, arguments):
         _run_hydra(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.loggers import CSVLogger, Logger
 
 from tc_lightning.backbone import Backbone
 from tc_lightning.callbacks import CleanStop, checkpoints
@@ -44,8 +48,8 @@ def build_method(cfg: DictConfig, backbone: Backbone) -> LightningModule:
     if reward is None:
         raise ValueError("no reward: reward=[...] takes one or more names, `train --help` lists them")
     constraint = instantiate(cfg.constraint.constraint) if cfg.get("constraint") else None
-    return instantiate(
-        cfg.method,
+    # a partial first: Hydra would turn a schedule, being a dataclass, into a config
+    return instantiate(cfg.method, _partial_=True)(
         backbone=backbone,
         reward=reward,
         constraint=constraint,
@@ -62,9 +66,9 @@ def build_data(cfg: DictConfig, backbone: Backbone) -> PromptData:
     return data
 
 
-def build_trainer(cfg: DictConfig, folder: Path) -> Trainer:
+def build_trainer(cfg: DictConfig, folder: Path, checkpoint: Path | None = None) -> Trainer:
     """Lightning's Trainer with loggers, callbacks and checkpoints that write into the run folder."""
-    loggers = [instantiate(value) for value in (cfg.get("logger") or {}).values()]
+    loggers = build_loggers(cfg, checkpoint)
     callbacks = [instantiate(value) for value in (cfg.get("callbacks") or {}).values()]
     monitor = "val/total" if cfg.val.prompts and cfg.val.every and cfg.val.every <= cfg.max_steps else None
     saving = checkpoints(folder / "checkpoints", cfg.checkpoint_every, monitor)
@@ -80,6 +84,44 @@ def build_trainer(cfg: DictConfig, folder: Path) -> Trainer:
         num_sanity_val_steps=0,
         **validation,
     )
+
+
+def build_loggers(cfg: DictConfig, checkpoint: Path | None) -> list[Logger]:
+    """The chosen loggers; in a resumed run Lightning's csv logger would begin a new file: the rows so far are put back."""
+    loggers = [instantiate(value) for value in (cfg.get("logger") or {}).values()]
+    for logger in loggers:
+        if checkpoint is not None and isinstance(logger, CSVLogger):
+            file = Path(logger.log_dir) / "metrics.csv"
+            step = torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"]
+            _keep_rows(logger, file, step) if file.is_file() else None
+    return loggers
+
+
+def _keep_rows(logger: CSVLogger, file: Path, before_step: int) -> None:
+    with file.open(newline="", encoding="utf-8") as opened:
+        table = csv.DictReader(opened)
+        names, rows = list(table.fieldnames or []), [row for row in table if int(row["step"]) < before_step]
+    writer = logger.experiment  # made here, which deletes the file
+    writer.metrics_keys = names
+    with file.open("w", newline="", encoding="utf-8") as opened:
+        kept = csv.DictWriter(opened, names)
+        kept.writeheader()
+        kept.writerows(rows)
+
+
+def quiet() -> None:
+    """Silence what other libraries print about small matters: bars for loading, advice that does not fit short strings."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    for about in ("num_workers", "tensorboardX", "Checkpoint directory", "LeafSpec", "dataloader is not resumable", "GPU available",
+        "Experiment logs directory", "in eval mode at the start of training"):
+        warnings.filterwarnings("ignore", message=f".*{about}.*")
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
 
 
 def plain(value: Any) -> dict[str, Any]:

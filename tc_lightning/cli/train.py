@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +20,19 @@ from tc_lightning.trainable import trainable_names
 
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Run the verb in Hydra's output folder; returns the run's record."""
-    _quiet()
+    build.quiet()
     folder = Path(HydraConfig.get().runtime.output_dir)
     checkpoint = _checkpoint(cfg.ckpt_path, folder)
     record.refuse_overwrite(folder, checkpoint is not None)
     backbone = build.build_backbone(cfg)
     data = build.build_data(cfg, backbone)
     module = build.build_method(cfg, backbone)
-    trainer = build.build_trainer(cfg, folder)
+    trainer = build.build_trainer(cfg, folder, checkpoint)
     card = _card(cfg, folder, backbone, data)
     if trainer.is_global_zero:
         record.write_record(folder, card)
         record.table("before", _summary(cfg, folder, module, data, trainer))
     return _fit(trainer, module, data, checkpoint, folder, card)
-
-
-def _quiet() -> None:
-    # Lightning advises more loader workers for a loader that only hands out strings, and loops that are meant to be short.
-    for about in ("num_workers", "tensorboardX", "Checkpoint directory", "LeafSpec", "save_on_train_epoch_end", "resumable"):
-        warnings.filterwarnings("ignore", message=f".*{about}.*")
 
 
 def _checkpoint(given: str | None, folder: Path) -> Path | None:
@@ -71,11 +64,12 @@ def _summary(cfg: DictConfig, folder: Path, module: LightningModule, data: Promp
     calls = cfg.chain.steps * (1 if cfg.chain.guidance_scale == 1 else 2)
     rewards = ", ".join(f"{reward.weight:g} x {name}" for name, reward in module.reward.rewards.items())
     constraint = module.constraint.rewards["constraint"] if module.constraint else None
+    kind = cfg.constraint.constraint._target_.rsplit(".", 1)[-1] if constraint else ""
     gradient = cfg.chain.steps - module.first_gradient_step
     return {
         "learns": f"text_encoder {cfg.tune.text_encoder}, unet {cfg.tune.unet}: {count:,} parameters in {len(names)} tensors",
         "rewards": rewards,
-        "constraint": f"{constraint.weight:g} x {constraint.name}" if constraint else "none",
+        "constraint": f"{constraint.weight:g} x {kind}" if constraint else "none",
         "steps": f"{cfg.max_steps} of batch {data.batch_size} x {trainer.world_size} = {_samples(cfg, data, trainer):,} samples",
         "chain": f"{cfg.chain.steps} DDIM steps at guidance {cfg.chain.guidance_scale:g}, gradient through {gradient}",
         "UNet calls": f"{calls} a sample ({2 * gradient if calls > cfg.chain.steps else gradient} with gradient)",

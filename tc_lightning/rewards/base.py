@@ -121,6 +121,14 @@ class Reward(Metric):
         return self
 
 
+class BoundReward(Reward):
+    """A reward that scores with the text encoder in training: the method calls bind before the first step."""
+
+    def bind(self, text_encoder: nn.Module, tokenizer: object) -> "BoundReward":
+        """Takes the live text encoder and its tokenizer; neither is registered here."""
+        raise NotImplementedError(f"{type(self).__name__} must define bind(text_encoder, tokenizer)")
+
+
 class FunctionReward(Reward):
     """Any callable as a reward: ``function(images, prompts) -> [B]`` numbers or a tensor.
 

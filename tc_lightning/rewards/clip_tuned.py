@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from tc_lightning.rewards.base import Reward
+from tc_lightning.rewards.base import BoundReward
 from tc_lightning.rewards.loading import load_clip
 from tc_lightning.rewards.preprocess import check_preprocess
 from tc_lightning.rewards.towers import cosine, unit
 
 
-class CLIPTunedScore(Reward):
+class CLIPTunedScore(BoundReward):
     """cos(I(x), P T_phi(p)) with the live text encoder T_phi (TextCraftor, Eq. 8); gradient through both sides.
 
     I and the text projection P are those of the CLIP that the text encoder comes from. The live encoder is bound with :meth:`bind`;

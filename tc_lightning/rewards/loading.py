@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 
 from tc_lightning.pixels import CLIP_MEAN, CLIP_STD
 from tc_lightning.rewards.base import as_dtype
-from tc_lightning.rewards.checkpoints import check_names, local_path, refused_pickle
+from tc_lightning.rewards.checkpoints import check_names, check_sha256, local_path, refused_pickle
 from tc_lightning.rewards.openclip import clean_prompt, clip_from_file
 from tc_lightning.rewards.towers import CLIPTower, shared_tower
 
@@ -43,6 +43,8 @@ def load_clip(
     is_file = path is not None and path.is_file()
     if is_file and tokenizer is None:
         raise ValueError(f"{path} is a single file, so tokenizer=<folder or hub id> is needed")
+    if is_file:
+        check_sha256(path, sha256)  # also where the tower is already loaded
     has_tokenizer = path is not None and any((path / name).exists() for name in TOKENIZER_FILES)
     if tokenizer is None or has_tokenizer:
         tokenizer, tokenizer_revision = where, revision

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import diffusers
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
@@ -13,7 +14,6 @@ from tc_lightning.tiny.shapes import CANVAS
 
 WIDTH = 128  # of both CLIP towers, their joint space and the UNet's cross-attention
 TOKENS = 32  # maximum prompt length, start and end included
-WEIGHTS = Path(__file__).parent / "weights"
 
 
 def make_tokenizer(folder: str | Path) -> CLIPTokenizer:
@@ -37,6 +37,23 @@ def make_tokenizer(folder: str | Path) -> CLIPTokenizer:
     tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=TOKENS)
     tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+def write_index(folder: str | Path) -> None:
+    """Write model_index.json, which makes the folder a Stable Diffusion pipeline for diffusers."""
+    parts = {
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": diffusers.__version__, **parts}
+    Path(folder, "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _words() -> set[str]:

@@ -1,0 +1,83 @@
+"""Verb generate: prompts to PNGs and a grid, with one model or several side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, ListConfig
+
+from tc_lightning.backbone import Backbone
+from tc_lightning.cli import build, record
+from tc_lightning.pixels import grid, save_png
+from tc_lightning.prompts import read_prompts
+from tc_lightning.sampling import generate
+
+STABLE_DIFFUSION = {"steps": 25, "guidance_scale": 7.5, "timestep_spacing": "trailing"}
+TINY = {"steps": 10, "guidance_scale": 4.0, "timestep_spacing": "trailing"}
+
+
+def run(cfg: DictConfig) -> list[Path]:
+    """Write <run folder>/<model>/<prompt number>_<seed>.png and grid.png; returns the paths of the images."""
+    build.quiet()
+    prompts = _prompts(cfg)
+    seeds = [int(seed) for seed in cfg.seeds]
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    runs = [str(run) for run in cfg.run] if isinstance(cfg.run, ListConfig) else [str(cfg.run)]
+    paths, shown = [], []
+    for number, source in enumerate(runs):
+        images = _images(source, prompts, seeds, cfg)
+        place = folder / f"{number}_{Path(source).name}" if len(runs) > 1 else folder / "images"
+        names = [f"{index:04d}_{seed}" for index in range(len(prompts)) for seed in seeds]
+        paths += save_png(images, place, names)
+        shown.append(images.unflatten(0, (len(prompts), len(seeds))))
+    labels = [f"{Path(source).name} {seed}".strip() if len(runs) > 1 else f"seed {seed}" for source in runs for seed in seeds]
+    grid(torch.cat(shown, dim=1), row_labels=prompts, column_labels=labels).save(folder / "grid.png")
+    (folder / "run.json").write_text(json.dumps({"verb": "generate", "run": runs, "prompts": prompts, "seeds": seeds}, indent=1))
+    record.console.print(f"{len(paths)} images in {folder}\npicture     {folder / 'grid.png'}")
+    record.console.print("next        python -m tc_lightning train --help")
+    return paths
+
+
+def _prompts(cfg: DictConfig) -> list[str]:
+    if (cfg.text is None) == (cfg.prompts is None):
+        raise ValueError("""give either text='["a prompt"]' or prompts=<file>""")
+    if cfg.prompts is not None:
+        return read_prompts(cfg.prompts, limit=cfg.limit)
+    texts = [cfg.text] if isinstance(cfg.text, str) else [str(text) for text in cfg.text]
+    if not texts:
+        raise ValueError("text=[] names no prompt")
+    return texts
+
+
+def _images(source: str, prompts: Sequence[str], seeds: Sequence[int], cfg: DictConfig) -> torch.Tensor:
+    backbone = Backbone.load(source)
+    trained = trained_settings(source, backbone)
+    chain = {name: cfg.chain[name] if cfg.chain[name] is not None else trained[name] for name in STABLE_DIFFUSION}
+    fraction = cfg.tuned_fraction if cfg.tuned_fraction is not None else trained["tuned_fraction"]
+    original = None
+    if fraction < 1:
+        # The settings of the run name its base: the steps before the tuned window use its text encoder.
+        base = {key: value for key, value in backbone.source.items() if key not in ("text_encoder", "unet")}
+        original = Backbone.load(**base).text_encoder.to(_device(cfg.device))
+    backbone.to(_device(cfg.device))
+    return generate(backbone, prompts, seeds, tuned_fraction=fraction, original=original, batch_size=cfg.batch_size, **chain)
+
+
+def trained_settings(source: str, backbone: Backbone) -> dict[str, Any]:
+    """Chain and tuned fraction that a run was trained with; for other models their usual ones, tuned throughout."""
+    file = Path(source) / "run.json"
+    if file.is_file():
+        card = json.loads(file.read_text())
+        return {**card["config"]["chain"], "tuned_fraction": card["tuned_fraction"]}
+    return {**(TINY if backbone.source["source"] == "tiny" else STABLE_DIFFUSION), "tuned_fraction": 1.0}
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
