@@ -209,3 +209,41 @@ def test_open_clip_config_from_a_file_and_by_name(files, tmp_path):
     giant = open_clip_config("ViT-g-14")
     assert (giant.vision_config.intermediate_size, giant.vision_config.num_attention_heads) == (6144, 16)
     assert open_clip_config("ViT-L-14-quickgelu").text_config.hidden_act == "quick_gelu"
+
+
+@pytest.mark.parametrize(("name", "millions"), [("ViT-L-14-quickgelu", 427.62), ("ViT-H-14", 986.11), ("ViT-g-14", 1366.68)])
+def test_published_architectures_convert_whole(name, millions):
+    """Every name and shape of open_clip's model has its place in transformers', and the sizes are open_clip's own table's."""
+    from reward_checkpoints import open_clip_shapes
+    from transformers import CLIPModel
+
+    from tc_lightning.rewards.checkpoints import check_layout
+    from tc_lightning.rewards.openclip import ARCHITECTURES, convert, open_clip_config
+
+    shapes = open_clip_shapes({**ARCHITECTURES[name], "vision_cfg": {"mlp_ratio": 4.0, **ARCHITECTURES[name]["vision_cfg"]}})
+    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    assert sum(value.numel() for value in state.values()) / 1e6 == pytest.approx(millions, abs=0.01)
+    with torch.device("meta"):
+        check_layout(CLIPModel(open_clip_config(name)).state_dict(), convert(state, name), name)
+
+
+def test_image_reward_at_its_published_size():
+    from reward_checkpoints import image_reward_shapes
+    from transformers import BlipVisionModel
+    from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+    from tc_lightning.rewards.blip import MED_CONFIG, TEXT, VISION, _text_config, _vision_config, _vision_names
+    from tc_lightning.rewards.checkpoints import check_layout
+
+    large = {"vision_width": 1024, "vision_layers": 24, "image_size": 224, "patch_size": 16}
+    shapes = image_reward_shapes({**MED_CONFIG, **large})
+    parts = {
+        prefix: {name.removeprefix(prefix): torch.empty(s, device="meta") for name, s in shapes.items() if name.startswith(prefix)}
+        for prefix in (VISION, TEXT)
+    }
+    config = _vision_config(parts[VISION], MED_CONFIG, "ImageReward.pt")
+    assert (config.num_attention_heads, config.image_size, config.num_hidden_layers) == (16, 224, 24)
+    with torch.device("meta"):
+        check_layout(BlipVisionModel(config).state_dict(), _vision_names(parts[VISION]), VISION)
+        text = BlipTextModel(_text_config(MED_CONFIG, 1024), add_pooling_layer=False)
+        check_layout(text.state_dict(), parts[TEXT], TEXT)

@@ -134,3 +134,28 @@ def test_tuned_score_refuses_an_encoder_without_its_projection(rewards):
 def test_tuned_score_must_be_bound(rewards, tmp_path):
     with pytest.raises(RuntimeError, match="bind"):
         CLIPTunedScore(small_clip_folder(tmp_path / "clip"))(torch.rand(1, 3, 32, 32), ["a"])
+
+
+def test_tuned_score_is_bound_by_the_method_and_trains_the_text(rewards):
+    """One training step with constraint=clip_tuned: the gradient of the constraint alone reaches the text encoder."""
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+
+    from tc_lightning import Backbone, LastK, RewardMix, TextCraftor
+    from tc_lightning.rewards import FunctionReward
+
+    constraint = rewards("clip_tuned")
+    encoder, tokenizer = constraint._bound
+    constraint._bound = None
+    channels = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    unet = UNet2DConditionModel(sample_size=8, cross_attention_dim=32, attention_head_dim=4, **channels, **blocks)
+    plain = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    backbone = Backbone(tokenizer, encoder, AutoencoderKL(sample_size=16, **channels, **plain), unet, DDIMScheduler())
+    nothing = FunctionReward(lambda images, prompts: images.mean((1, 2, 3)), weight=0.0, differentiable=True)
+    module = TextCraftor(backbone, RewardMix(nothing=nothing), constraint=constraint, schedule=LastK(1), steps=2)
+    assert constraint._bound[0] is backbone.text_encoder
+    loss = module.training_step({"prompts": ["a red dog", "cat"], "seeds": [0, 1]}, 0)
+    loss.backward()
+    assert all(p.grad is not None for p in backbone.text_encoder.parameters())
+    assert not any(p.requires_grad for p in constraint.parameters())
+    assert not any("constraint" in name for name, p in module.named_parameters() if p.requires_grad)
