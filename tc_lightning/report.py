@@ -1,4 +1,4 @@
-"""Scores of images as a table: csv, means with intervals, paired comparison, markdown."""
+"""Scores of images as a table: csv, means with intervals, paired comparison, markdown, plots."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 KEYS = ("model", "prompt", "category", "seed")
+COLOURS = ("#4c6a92", "#d1793b", "#4f9d69", "#9c5aa6", "#b0a13a", "#7f7f7f")
 
 
 class Interval(NamedTuple):
@@ -66,6 +67,36 @@ class Scores:
             raise ValueError(f"{first} and {second} were not scored on the same prompts and seeds")
         return bootstrap(self.column(second, reward) - self.column(first, reward))
 
+    def wins(self, reward: str, first: str, second: str) -> tuple[float, float]:
+        """Shares of images on which second scores above first, and on which they are equal (within 1e-6)."""
+        difference = self.column(second, reward) - self.column(first, reward)
+        return float((difference > 1e-6).mean()), float((abs(difference) <= 1e-6).mean())
+
+    @property
+    def categories(self) -> list[str]:
+        """Categories in the order in which they came; nothing where the bench has none."""
+        return [name for name in dict.fromkeys(str(row["category"]) for row in self.rows) if name]
+
+    def only(self, category: str) -> Scores:
+        """The rows of one category."""
+        return Scores([row for row in self.rows if row["category"] == category])
+
+    def over_seeds(self) -> Scores:
+        """A row a prompt, the mean over its seeds: what an interval over prompts is drawn from."""
+        groups: dict[tuple, list[dict]] = {}
+        for row in self.rows:
+            groups.setdefault((row["model"], row["prompt"], row["category"]), []).append(row)
+        means = ({name: float(np.mean([row[name] for row in rows])) for name in self.rewards} for rows in groups.values())
+        return Scores([dict(zip(KEYS, (*key, 0), strict=True)) | mean for key, mean in zip(groups, means, strict=True)])
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scores:
+        """Read a file that `save` wrote."""
+        with Path(path).open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        kinds = {"model": str, "prompt": str, "category": str, "seed": int}
+        return cls([{name: kinds.get(name, float)(value) for name, value in row.items()} for row in rows])
+
     def save(self, path: str | Path) -> Path:
         """Write a csv file with a row an image."""
         path = Path(path)
@@ -96,3 +127,128 @@ def bootstrap(values: np.ndarray, draws: int = 2000, seed: int = 0) -> Interval:
     means = values[rng.integers(len(values), size=(draws, len(values)))].mean(1)
     low, high = np.quantile(means, (0.025, 0.975))
     return Interval(float(values.mean()), float(low), float(high))
+
+
+def summary(scores: Scores, measures: Sequence[str] = ()) -> dict:
+    """Everything that the tables say, as plain data; intervals are over prompts, the seeds of a prompt averaged first.
+
+    Args:
+        scores: rows of one or more models on the same prompts and seeds; the first model is the base.
+        measures: columns that are no scores (no direction is better): they get no win rate.
+    """
+    prompts, base = scores.over_seeds(), scores.models[0]
+
+    def compare(name: str, model: str) -> dict[str, float]:
+        found = prompts.paired(name, base, model)._asdict()
+        return found if name in measures else found | dict(zip(("wins", "ties"), scores.wins(name, base, model), strict=True))
+
+    return {
+        "prompts": len(prompts.rows) // len(scores.models),
+        "images": len(scores.rows) // len(scores.models),
+        "base": base,
+        "models": {model: {name: prompts.mean(model, name)._asdict() for name in scores.rewards} for model in scores.models},
+        "against_base": {model: {name: compare(name, model) for name in scores.rewards} for model in scores.models[1:]},
+        "categories": {
+            category: {
+                model: {name: prompts.only(category).mean(model, name).mean for name in scores.rewards} for model in scores.models
+            }
+            for category in scores.categories
+        },
+    }
+
+
+def verdict(scores: Scores, model: str, trained_on: Sequence[str], measures: Sequence[str] = ()) -> str:
+    """One paragraph: what rose, what fell beyond its interval, and whether that looks like a hacked reward."""
+    base, prompts = scores.models[0], scores.over_seeds()
+    differences = {name: prompts.paired(name, base, model) for name in scores.rewards}
+    rose = [name for name, value in differences.items() if value.low > 0 and name not in measures]
+    fell = [name for name, value in differences.items() if value.high < 0 and name not in measures]
+    said = [f"{model} against {base}: rose {', '.join(rose) or 'nothing'}; fell {', '.join(fell) or 'nothing'} (95 %)."]
+    held = [name for name in fell if name not in trained_on]
+    if trained_on:
+        said.append(f"Trained on {', '.join(trained_on)}.")
+        if held and any(name in trained_on for name in rose):
+            said.append(f"**{', '.join(held)} fell while what was trained on rose: this is what a hacked reward looks like.**")
+    narrow = differences.get("diversity")
+    if narrow is not None and narrow.high < 0:
+        share = 1 + narrow.mean / max(prompts.mean(base, "diversity").mean, 1e-12)
+        said.append(f"Images of one prompt differ less: {share:.0%} of {base}'s diversity over seeds.")
+    return " ".join(said)
+
+
+def evaluation_markdown(scores: Scores, title: str, notes: Sequence[str] = (), measures: Sequence[str] = ()) -> str:
+    """The report of an evaluation: means, paired comparison with the first model, every category."""
+    found = summary(scores, measures)
+    base, models = found["base"], scores.models
+    lines = [
+        f"# {title}",
+        "",
+        f"{found['prompts']} prompts, {found['images']} images a model; intervals are 95 %, bootstrap over prompts.",
+    ]
+    lines += ["", *notes, "", "## Means", ""]
+    lines += _table(
+        ["score", *models], [[name, *(str(Interval(**found["models"][m][name])) for m in models)] for name in scores.rewards]
+    )
+    for model in models[1:]:
+        lines += ["", f"## {model} against {base}, same prompts and seeds", ""]
+        rows = []
+        for name, value in found["against_base"][model].items():
+            wins = f"{value['wins']:.0%} (ties {value['ties']:.0%})" if "wins" in value else ""
+            rows.append([name, _signed(Interval(value["mean"], value["low"], value["high"])), wins])
+        lines += _table(["score", "difference", "images won"], rows)
+    lines += _category_tables(scores, found, measures) if found["categories"] else []
+    return "\n".join(lines) + "\n"
+
+
+def _category_tables(scores: Scores, found: dict, measures: Sequence[str]) -> list[str]:
+    models, lines = scores.models, []
+    sizes = {name: len(scores.only(name).over_seeds().rows) // len(models) for name in found["categories"]}
+    for name in (name for name in scores.rewards if name not in measures):
+        rows = []
+        for category, means in found["categories"].items():
+            part = scores.only(category).over_seeds()
+            gains = [_signed(part.paired(name, models[0], model)) for model in models[1:]]
+            rows.append([category, str(sizes[category]), *(f"{means[model][name]:.4f}" for model in models), *gains])
+        averages = [float(np.mean([means[model][name] for means in found["categories"].values()])) for model in models]
+        gains = [f"{value - averages[0]:+.4f}" for value in averages[1:]]
+        rows.append(["average of the categories", "", *(f"{value:.4f}" for value in averages), *gains])
+        lines += ["", f"## {name} by category", ""]
+        lines += _table(["category", "prompts", *models, *(f"{model} - {models[0]}" for model in models[1:])], rows)
+    return lines
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
+    lines = ["| " + " | ".join(row) + " |" for row in cells]
+    return [lines[0], "|---" * len(head) + "|", *lines[1:]]
+
+
+def _signed(value: Interval) -> str:
+    return f"{value.mean:+.4f} [{value.low:+.4f}, {value.high:+.4f}]"
+
+
+def plot_reward(scores: Scores, reward: str, path: str | Path) -> Path:
+    """A picture of one score: each model's mean and 95 % interval over prompts, over all and in each category."""
+    from matplotlib.figure import Figure
+
+    groups = [("all", scores), *((name, scores.only(name)) for name in scores.categories)]
+    models, step = scores.models, 0.8 / len(scores.models)
+    figure = Figure(figsize=(7.0, 1.3 + 0.26 * len(models) * len(groups) + 0.12 * len(groups)), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    for number, model in enumerate(models):
+        means = [part.over_seeds().mean(model, reward) for _, part in groups]
+        places = [index + (number - (len(models) - 1) / 2) * step for index in range(len(groups))]
+        whiskers = [[value.mean - value.low for value in means], [value.high - value.mean for value in means]]
+        style = {"fmt": "o", "markersize": 5, "capsize": 2.5, "color": COLOURS[number % len(COLOURS)], "label": model}
+        axes.errorbar([value.mean for value in means], places, xerr=np.maximum(whiskers, 0), **style)
+    axes.set_yticks(range(len(groups)), [name if len(name) <= 32 else f"{name[:31]}…" for name, _ in groups])
+    axes.set_ylim(len(groups) - 0.45, -0.55)
+    axes.set_xlabel(f"{reward}: mean, 95 % interval over prompts")
+    axes.grid(axis="x", color="#e0e0e0")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper left", ncols=min(len(models), 4), frameon=False)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tc_lightning import ddim
 from tc_lightning.backbone import Backbone
 from tc_lightning.chain import Chain
 from tc_lightning.conditioning import Conditioning, constant, guidance_pair, switch, tuned_from
-from tc_lightning.noise import gaussian
+from tc_lightning.noise import derive_seed, gaussian
+
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "pndm": "PNDMScheduler",
+    "dpm_solver": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+}
 
 
 @torch.no_grad()
@@ -20,7 +31,89 @@ def sample(backbone: Backbone, chain: Chain, conditioning: Conditioning, seeds: 
     return backbone.decode(chain.run(x, conditioning))
 
 
+@dataclass(frozen=True, eq=False)
+class Sampler:
+    """A model as it is tested: (prompts [B], seeds [B]) -> images [B, 3, H, W] in [0, 1] on the CPU.
+
+    Args:
+        backbone: the model; its text encoder is the tuned one.
+        steps, guidance_scale, timestep_spacing: of the chain.
+        tuned_fraction: the tuned text is used where t < 1000 * tuned_fraction, the original before (0.6 in the paper).
+        original: the text encoder before tuning; needed for a tuned_fraction below 1.
+        scheduler: one of SCHEDULERS; ddim is our own chain, the others are diffusers' with the model's noise levels.
+
+    Raises:
+        ValueError: an unknown scheduler, a tuned_fraction outside [0, 1], or below 1 without `original`.
+    """
+
+    backbone: Backbone
+    steps: int = 25
+    guidance_scale: float = 7.5
+    timestep_spacing: str = "trailing"
+    tuned_fraction: float = 1.0
+    original: nn.Module | None = None
+    scheduler: str = "ddim"
+
+    def __post_init__(self) -> None:
+        if self.scheduler not in SCHEDULERS:
+            raise ValueError(f"scheduler={self.scheduler!r}, accepted: {', '.join(SCHEDULERS)}")
+        tuned_from([], self.tuned_fraction)
+        if self.tuned_fraction < 1 and self.original is None:
+            raise ValueError(f"tuned_fraction={self.tuned_fraction} needs the original text encoder: original=...")
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """One image a prompt and seed."""
+        if self.scheduler == "ddim":
+            chain = self.chain()
+            first = tuned_from(chain.timesteps, self.tuned_fraction, chain.num_train_timesteps)
+            return sample(self.backbone, chain, self.condition(prompts, first), seeds).cpu()
+        scheduler = noise_scheduler(self.scheduler, self.backbone.noise_scheduler, self.timestep_spacing)
+        scheduler.set_timesteps(self.steps)
+        first = tuned_from(scheduler.timesteps.tolist(), self.tuned_fraction, scheduler.config.num_train_timesteps)
+        latents = denoise(self.backbone, scheduler, self.condition(prompts, first), seeds, self.guidance_scale)
+        return self.backbone.decode(latents).cpu()
+
+    def chain(self) -> Chain:
+        """The DDIM chain with these settings."""
+        return Chain(self.backbone.unet, self.backbone.noise_scheduler, self.steps, self.guidance_scale, self.timestep_spacing)
+
+    def condition(self, prompts: Sequence[str], first_tuned_step: int) -> Conditioning:
+        """The original text before a step, the tuned text from it on; null embeddings likewise, as in training."""
+        tuned = constant(_pair(self.backbone, prompts, self.backbone.text_encoder))
+        if first_tuned_step == 0 or self.original is None:
+            return tuned
+        return switch(_pair(self.backbone, prompts, self.original), tuned, first_tuned_step)
+
+
+def noise_scheduler(name: str, base: Any, timestep_spacing: str) -> Any:
+    """A diffusers scheduler of the same noise levels and prediction type as `base`."""
+    import diffusers
+
+    # PNDM's Runge-Kutta warm-up has no place in Stable Diffusion: every published pipeline skips it
+    options = {"skip_prk_steps": True} if name == "pndm" else {}
+    return getattr(diffusers, SCHEDULERS[name]).from_config(base.config, timestep_spacing=timestep_spacing, **options)
+
+
 @torch.no_grad()
+def denoise(backbone: Backbone, scheduler: Any, conditioning: Conditioning, seeds: Sequence[int], guidance_scale: float) -> Tensor:
+    """Latents [B, C, h, w] after all timesteps of a diffusers scheduler; noise that it adds comes from each row's seed.
+
+    `conditioning` is asked by the index into the scheduler's timesteps (PNDM has one more than its steps).
+    """
+    x = gaussian(seeds, backbone.latent_shape).to(backbone.device) * scheduler.init_noise_sigma
+    generators = [torch.Generator().manual_seed(derive_seed(seed, 1)) for seed in seeds]
+    options = {"generator": generators} if "Ancestral" in type(scheduler).__name__ else {}
+    for index, t in enumerate(scheduler.timesteps.to(backbone.device)):
+        embeds = conditioning(index)["encoder_hidden_states"]
+        guided = guidance_scale != 1.0
+        inputs = scheduler.scale_model_input(torch.cat([x, x]) if guided else x, t)
+        output = backbone.unet(inputs, t, encoder_hidden_states=embeds if guided else embeds[len(x) :]).sample.to(x.dtype)
+        noise_pred = ddim.guide(*output.chunk(2), guidance_scale) if guided else output
+        x = scheduler.step(noise_pred, t, x, **options).prev_sample
+    return x
+
+
 def generate(
     backbone: Backbone,
     prompts: Sequence[str],
@@ -31,6 +124,7 @@ def generate(
     tuned_fraction: float = 1.0,
     original: nn.Module | None = None,
     batch_size: int = 8,
+    scheduler: str = "ddim",
 ) -> Tensor:
     """Images [P * S, 3, H, W] in [0, 1] on the CPU, every prompt with every seed, prompts outermost.
 
@@ -40,24 +134,16 @@ def generate(
         seeds: S noise seeds.
         tuned_fraction: the tuned text is used where t < 1000 * tuned_fraction, the original before.
         original: the text encoder before tuning; needed for a tuned_fraction below 1.
+        scheduler: one of SCHEDULERS.
 
     Raises:
         ValueError: no prompt or no seed; a tuned_fraction below 1 without `original`.
     """
     if isinstance(prompts, str) or not prompts or not seeds:
         raise ValueError("generate needs a list of prompts and a list of seeds, at least one of each")
-    if tuned_fraction < 1 and original is None:
-        raise ValueError(f"tuned_fraction={tuned_fraction} needs the original text encoder: original=...")
-    chain = Chain(backbone.unet, backbone.noise_scheduler, steps, guidance_scale, timestep_spacing)
-    first = tuned_from(chain.timesteps, tuned_fraction)
+    sampler = Sampler(backbone, steps, guidance_scale, timestep_spacing, tuned_fraction, original, scheduler)
     rows = [(prompt, seed) for prompt in prompts for seed in seeds]
-    images = []
-    for start in range(0, len(rows), batch_size):
-        texts, numbers = zip(*rows[start : start + batch_size], strict=True)
-        conditioning = constant(_pair(backbone, texts, backbone.text_encoder))
-        if first > 0 and original is not None:
-            conditioning = switch(_pair(backbone, texts, original), conditioning, first)
-        images.append(sample(backbone, chain, conditioning, numbers).cpu())
+    images = [sampler(*zip(*rows[start : start + batch_size], strict=True)) for start in range(0, len(rows), batch_size)]
     return torch.cat(images)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 VERBS = {
     "train": "fine-tune a model against rewards",
+    "evaluate": "score and compare models on a bench",
     "generate": "make images of prompts",
     "pretrain": "make the embedded model again from nothing",
 }
