@@ -4,6 +4,7 @@ import importlib
 
 _HOMES = {
     "Reward": "base",
+    "BoundReward": "base",
     "FunctionReward": "base",
     "RewardMix": "mix",
     "CLIPScore": "clip",
