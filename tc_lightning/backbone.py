@@ -227,23 +227,32 @@ class Backbone(nn.Module):
         images = self.vae.decode(latents.to(self.vae.dtype)).sample
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
-    def tune(self, text_encoder: str = "full", unet: str = "frozen", rank: int = 8) -> Backbone:
-        """Say what learns: each part is full (all weights), lora (low-rank adapters of `rank`) or frozen."""
+    def tune(self, text_encoder: str = "full", unet: str = "frozen", rank: int = 8, seed: int = 0) -> Backbone:
+        """Say what learns: each part is full (all weights), lora (low-rank adapters of `rank`, drawn from `seed`) or frozen.
+
+        Raises:
+            ValueError: an unknown word, or nothing that learns.
+        """
         for part, mode in (("text_encoder", text_encoder), ("unet", unet)):
             if mode not in MODES:
                 raise ValueError(f"tune.{part}={mode}: accepted are {', '.join(MODES)}")
+        if text_encoder == unet == "frozen":
+            raise ValueError("nothing learns: tune.text_encoder and tune.unet are both frozen, accepted: full or lora for one")
+        for part, mode in (("text_encoder", text_encoder), ("unet", unet)):
             if mode == "full":
                 getattr(self, part).requires_grad_(True)
             elif mode == "lora":
-                self._add_lora(part, rank)
+                self._add_lora(part, rank, seed)
             self.modes[part] = mode
         return self
 
-    def _add_lora(self, part: str, rank: int) -> None:
+    def _add_lora(self, part: str, rank: int, seed: int) -> None:
         from peft import LoraConfig
 
-        targets = LORA_TARGETS[part]
-        getattr(self, part).add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=True))
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS[part], init_lora_weights=True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            getattr(self, part).add_adapter(config)
 
     def save_lora(self, part: str, folder: str | Path) -> None:
         """Write the adapters of `text_encoder` or `unet` in PEFT's layout (adapter_model.safetensors, adapter_config.json)."""

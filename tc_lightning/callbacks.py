@@ -21,13 +21,13 @@ from tc_lightning.report import Scores
 
 
 class SampleGrid(Callback):
-    """Images of the same dev prompts and seeds at the start, every `every` steps and at the end.
+    """Images of the same held-out prompts and seeds at the start, every `every` steps and at the end.
 
     Written to <run folder>/samples/step_<n>.png, a row a prompt, and handed to loggers that take images. The last picture,
     samples/before_after.png, shows the original beside the tuned model.
 
     Args:
-        prompts: how many of the dev prompts.
+        prompts: how many of the held-out prompts; of the dev or training prompts where there are none.
         seeds: images a prompt.
         every: steps between grids; 0 draws only the first and the last.
     """
@@ -36,6 +36,7 @@ class SampleGrid(Callback):
         if prompts < 1 or seeds < 1 or every < 0:
             raise ValueError(f"SampleGrid(prompts={prompts}, seeds={seeds}, every={every}): at least 1, 1 and 0")
         self.prompts, self.seeds, self.every = prompts, seeds, every
+        self._drawn = 0
 
     def _texts(self, trainer: Trainer) -> list[str]:
         splits = trainer.datamodule.splits
@@ -50,12 +51,14 @@ class SampleGrid(Callback):
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The first grid."""
+        self._drawn = trainer.global_step
         self._save(trainer, pl_module)
 
     @rank_zero_only
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """A grid every so many steps."""
-        if self.every and trainer.global_step % self.every == 0:
+        if self.every and trainer.global_step % self.every == 0 and trainer.global_step > self._drawn:
+            self._drawn = trainer.global_step  # a step may take several batches
             self._save(trainer, pl_module)
 
     @rank_zero_only
@@ -155,7 +158,9 @@ class Throughput(Callback):
         if trainer.global_step - step < self.every:
             return
         now = time.monotonic()
-        samples = (trainer.global_step - step) * trainer.accumulate_grad_batches * trainer.datamodule.batch_size * trainer.world_size
+        samples = (
+            (trainer.global_step - step) * trainer.accumulate_grad_batches * trainer.datamodule.batch_size * trainer.world_size
+        )
         pl_module.log("perf/samples_per_second", samples / (now - began), prog_bar=True)
         if pl_module.device.type == "cuda":
             pl_module.log("perf/peak_gib", torch.cuda.max_memory_allocated() / 2**30)
@@ -168,6 +173,7 @@ class CleanStop(Callback):
     def __init__(self) -> None:
         self.asked: str | None = None
         self._old: dict[int, Any] = {}
+        self._step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take over the signals."""
@@ -181,15 +187,23 @@ class CleanStop(Callback):
         self.asked = name
         print(f"\n{name}: the run ends after this step (once more to end now)", flush=True)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Where this batch begins."""
+        self._step = trainer.global_step
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Save and stop at the end of a whole step, so that a resumed run equals an uninterrupted one."""
-        if self.asked:
+        if self.asked and trainer.global_step > self._step:  # not amid accumulated batches, whose gradients would be lost
             trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
             raise KeyboardInterrupt(self.asked)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The finished run's checkpoint, so that it can be continued with a larger max_steps."""
         trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Hand the signals back."""
+        self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Hand the signals back."""

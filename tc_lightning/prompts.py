@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,19 +41,36 @@ def read_prompts(path: str | Path, column: str = "prompt", limit: int | None = N
 
 
 def _rows(path: Path, text: str, column: str) -> Iterator[str]:
+    # lines end in \n only (reading has made \r\n so): str.splitlines would also cut a prompt at U+2028 or a form feed
     if path.suffix in (".txt", ""):
-        return iter(text.splitlines())
+        return iter(text.split("\n"))
     if path.suffix in (".csv", ".tsv"):
-        table = csv.DictReader(text.splitlines(keepends=True), delimiter="\t" if path.suffix == ".tsv" else ",")
+        table = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
         names = table.fieldnames or []
         found = next((name for name in names if name.lower() == column.lower()), None)
         if found is None:
             raise ValueError(f"{path} has no column {column!r}: it has {', '.join(names) or 'none'}")
         return (row[found] for row in table)
     if path.suffix in (".json", ".jsonl"):
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line.strip()]
-        return (row if isinstance(row, str) else row[column] for row in rows)
+        return (_prompt(row, path, column) for row in _json(path, text))
     raise ValueError(f"{path}: unknown kind of prompt file {path.suffix!r}, accepted: .txt, .csv, .tsv, .json, .jsonl")
+
+
+def _json(path: Path, text: str) -> list:
+    try:
+        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line.strip()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not {path.suffix[1:]}: {error}") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} holds a {type(rows).__name__}, accepted: a list of prompts or of rows")
+    return rows
+
+
+def _prompt(row: object, path: Path, column: str) -> str:
+    found = row.get(column) if isinstance(row, dict) else row
+    if not isinstance(found, str):
+        raise ValueError(f"{path} has a row without a text under {column!r}: {json.dumps(row)[:100]}")
+    return found
 
 
 def split_prompts(prompts: Sequence[str], dev: int, heldout: int, seed: int = 0) -> dict[str, list[str]]:
@@ -103,7 +122,9 @@ class PromptData(LightningDataModule):
         self.batch_size, self.seeds_per_prompt, self.seed, self.workers = batch_size, seeds_per_prompt, seed, workers
 
     @classmethod
-    def shapes(cls, train: int = 4096, dev: int = 128, heldout: int = 256, forget: float = 0.0, seed: int = 0, **options) -> PromptData:
+    def shapes(
+        cls, train: int = 4096, dev: int = 128, heldout: int = 256, forget: float = 0.0, seed: int = 0, **options
+    ) -> PromptData:
         """Captions of the shapes world; the splits share no combination of drawings. Dev and held-out do not depend on `seed`."""
         parts = {"train": captions(train, derive_seed(seed, 12), "train", forget)}
         parts |= {"dev": captions(dev, 0, "dev") if dev else [], "heldout": captions(heldout, 0, "heldout") if heldout else []}
@@ -138,15 +159,12 @@ class PromptData(LightningDataModule):
             warnings.warn(f"{long} of {len(some)} prompts have more than {limit} tokens: the tokenizer cuts them", stacklevel=2)
         return long
 
-    def row(self, index: int, epoch: int) -> Row:
-        """The prompt and noise seed of a training row in an epoch."""
-        return self.splits["train"][index], derive_seed(self.seed, 13, index, epoch % self.seeds_per_prompt)
-
     def train_dataloader(self) -> DataLoader:
         """Batches {"prompts": [B], "seeds": [B]}; a resumed run goes on with the batch after its last."""
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         sampler = EpochBatches(self, rank, world, self._done)
-        return DataLoader(_Rows(self), batch_sampler=sampler, num_workers=self.workers, collate_fn=_collate)
+        rows = _Rows(self.splits["train"], self.seed, self.seeds_per_prompt)
+        return DataLoader(rows, batch_sampler=sampler, num_workers=self.workers, collate_fn=_collate)
 
     def val_dataloader(self) -> DataLoader:
         """Dev prompts, each with one fixed seed; ranks share them out."""
@@ -199,15 +217,20 @@ class EpochBatches:
         return torch.randperm(self.rows, generator=generator).tolist()
 
 
+@dataclass(frozen=True)
 class _Rows(Dataset):
-    def __init__(self, data: PromptData) -> None:
-        self.splits, self.row = data.splits, data.row
+    """(row, epoch) -> prompt and noise seed; plain data, for it is sent to the workers."""
+
+    prompts: list[str]
+    seed: int
+    seeds_per_prompt: int
 
     def __getitem__(self, key: tuple[int, int]) -> Row:
-        return self.row(*key)
+        index, epoch = key
+        return self.prompts[index], derive_seed(self.seed, 13, index, epoch % self.seeds_per_prompt)
 
     def __len__(self) -> int:
-        return len(self.splits["train"])
+        return len(self.prompts)
 
 
 def _collate(rows: list[Row]) -> dict[str, list]:

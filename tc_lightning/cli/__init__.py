@@ -6,6 +6,7 @@ import difflib
 import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
 VERBS = {
     "train": "fine-tune a model against rewards",
@@ -54,15 +55,20 @@ def _run(verb: str, arguments: list[str]) -> None:
     from hydra import version
     from hydra._internal.utils import _run_hydra, get_args_parser
 
-    from tc_lightning.cli.errors import plain_errors
+    from tc_lightning.cli.errors import plain_errors, raising_hydra
 
     version.setbase("1.3")
     parser = get_args_parser()
-    with plain_errors(verb, arguments):
+    with raising_hydra() as whole, plain_errors(verb, whole):
+
+        def task(cfg: Any) -> Any:
+            with plain_errors(verb, whole):  # here already, for Hydra prints the overrides above an error that it sees
+                return importlib.import_module(f"tc_lightning.cli.{verb}").run(cfg)
+
         _run_hydra(
             args=parser.parse_args(arguments),
             args_parser=parser,
-            task_function=lambda cfg: importlib.import_module(f"tc_lightning.cli.{verb}").run(cfg),
+            task_function=task,
             config_path=str(conf_folder()),
             config_name=verb,
         )

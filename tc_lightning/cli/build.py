@@ -36,15 +36,41 @@ def mix_of(group: DictConfig | None, key: str) -> RewardMix | None:
     return RewardMix({name: instantiate(value) for name, value in named.items()}) if named else None
 
 
+# key: the least value that makes sense
+NUMBERS = {
+    "seed": None,
+    "max_steps": 1,
+    "checkpoint_every": 0,
+    "val.prompts": 0,
+    "val.every": 0,
+    "chain.steps": 1,
+    "chain.guidance_scale": 0,
+    "tuned_fraction": 0,
+    "optimizer.lr": 0,
+}
+
+
+def check_numbers(cfg: DictConfig) -> None:
+    """Refuse a word where a number belongs, and numbers that are too small, before anything is loaded.
+
+    Raises:
+        ValueError: names the key.
+    """
+    for key, least in NUMBERS.items():
+        value = OmegaConf.select(cfg, key, throw_on_missing=True)
+        if isinstance(value, bool) or not isinstance(value, int | float) or (least is not None and value < least):
+            raise ValueError(f"{key}={value}: accepted is a number" + ("" if least is None else f", at least {least}"))
+
+
 def build_backbone(cfg: DictConfig) -> Backbone:
     """The model, with what learns switched on."""
     backbone = instantiate(cfg.backbone)
-    return backbone.tune(**cfg.tune) if "tune" in cfg else backbone
+    return backbone.tune(**cfg.tune, seed=cfg.seed)
 
 
 def build_method(cfg: DictConfig, backbone: Backbone) -> LightningModule:
     """The method over the backbone, rewards, constraint and schedule."""
-    reward = mix_of(cfg.reward, "reward")
+    reward = mix_of(cfg.get("reward"), "reward")
     if reward is None:
         raise ValueError("no reward: reward=[...] takes one or more names, `train --help` lists them")
     constraint = instantiate(cfg.constraint.constraint) if cfg.get("constraint") else None
@@ -72,7 +98,8 @@ def build_trainer(cfg: DictConfig, folder: Path, checkpoint: Path | None = None)
     callbacks = [instantiate(value) for value in (cfg.get("callbacks") or {}).values()]
     monitor = "val/total" if cfg.val.prompts and cfg.val.every and cfg.val.every <= cfg.max_steps else None
     saving = checkpoints(folder / "checkpoints", cfg.checkpoint_every, monitor)
-    validation = {"val_check_interval": cfg.val.every, "check_val_every_n_epoch": None} if monitor else {"limit_val_batches": 0}
+    batches = cfg.val.every * cfg.trainer.get("accumulate_grad_batches", 1)
+    validation = {"val_check_interval": batches, "check_val_every_n_epoch": None} if monitor else {"limit_val_batches": 0}
     torch.manual_seed(cfg.seed)
     return instantiate(
         cfg.trainer,

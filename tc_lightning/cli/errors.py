@@ -10,51 +10,85 @@ import sys
 from collections.abc import Iterator
 
 TRACE = "HYDRA_FULL_ERROR"
-MISTAKES = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, FloatingPointError)
 
 
 @contextlib.contextmanager
-def plain_errors(verb: str, arguments: list[str]) -> Iterator[None]:
-    """Print a user's mistake as one message and exit with 2 (settings) or 1 (while running); HYDRA_FULL_ERROR=1 shows all."""
-    if os.environ.get(TRACE) == "1":
+def raising_hydra() -> Iterator[bool]:
+    """Hydra raises its errors instead of printing them; yields whether the user asked for whole tracebacks."""
+    asked = os.environ.get(TRACE) == "1"
+    os.environ[TRACE] = "1"
+    try:
+        yield asked
+    finally:
+        os.environ.pop(TRACE) if not asked else None
+
+
+@contextlib.contextmanager
+def plain_errors(verb: str, whole: bool = False) -> Iterator[None]:
+    """Print a user's mistake as one message and exit with 2 (settings) or 1 (while running); `whole` lets all through."""
+    try:
         yield
-        return
+    except Exception as error:
+        message, status = (None, 0) if whole else _mistake(error, verb)
+        if message is None:
+            raise
+        print(f"error: {message.strip()}\n({TRACE}=1 shows the whole traceback)", file=sys.stderr)
+        sys.exit(status)
+
+
+def _mistake(error: Exception, verb: str) -> tuple[str | None, int]:
+    """What to say of a user's mistake and the exit status; None for an error that is no user's."""
     from hydra.errors import HydraException, InstantiationException
     from omegaconf.errors import OmegaConfBaseException
 
-    os.environ[TRACE] = "1"  # Hydra then raises instead of printing
-    try:
-        yield
-    except InstantiationException as error:
-        if not isinstance(error.__cause__, (*MISTAKES, OmegaConfBaseException)):
-            raise
-        _end(f"{error.__cause__}\n(in {_last_line(error)})", 2)
-    except (HydraException, OmegaConfBaseException) as error:
-        _end(_explain(str(error.__cause__ or error), str(error), verb), 2)
-    except MISTAKES as error:
-        _end(str(error), 1)
-    finally:
-        os.environ.pop(TRACE, None)
+    if isinstance(error, InstantiationException):
+        # of an object that is built from settings, a wrong type is a setting's too
+        if not isinstance(error.__cause__, (*_mistakes(), TypeError, OmegaConfBaseException)):
+            return None, 1
+        key = re.search(r"full_key: (\S+)", str(error))
+        return f"{_missing(error.__cause__)}" + (f"\n(in key {key.group(1)})" if key else ""), 2
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        return _explain(error, verb), 2
+    return (str(error), 1) if isinstance(error, _mistakes()) else (None, 1)
 
 
-def _end(message: str, status: int) -> None:
-    print(f"error: {message.strip()}", file=sys.stderr)
-    print(f"({TRACE}=1 shows the whole traceback)", file=sys.stderr)
-    sys.exit(status)
+def _mistakes() -> tuple[type[Exception], ...]:
+    known: tuple[type[Exception], ...] = (ValueError, OSError, FloatingPointError)
+    lightning = sys.modules.get("lightning_fabric.utilities.exceptions")
+    return (*known, lightning.MisconfigurationException) if lightning else known
 
 
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1].replace("full_key: ", "key ")
+def _explain(error: Exception, verb: str) -> str:
+    message = str(error)
+    option = re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", message)
+    if option:
+        return _unknown_option(*option.groups())
+    key = re.search(r"Could not override '([^']+)'", message)
+    return _unknown_key(key.group(1), verb) if key else _missing(error)
 
 
-def _explain(cause: str, message: str, verb: str) -> str:
-    named = re.search(r"Could not override '([^']+)'", message)
-    if not named:
-        return message
-    key = named.group(1)
-    close = difflib.get_close_matches(key, _keys(verb), n=3, cutoff=0.5)
-    hint = f" Did you mean {', '.join(close)}?" if close else ""
-    return f"no key {key!r} in the settings of {verb}.{hint} `python -m tc_lightning {verb} --cfg job` shows all keys."
+def _missing(error: BaseException) -> str:
+    absent = re.match(r"Missing mandatory value: (\S+)", str(error))
+    return f"{absent.group(1)} must be given: {absent.group(1)}=..." if absent else str(error)
+
+
+def _unknown_option(group: str, option: str) -> str:
+    from tc_lightning.cli import conf_folder
+
+    options = sorted(file.stem for file in (conf_folder() / group).glob("*.yaml"))
+    return f"no {group}={option}: accepted are {', '.join(options) or 'none'}.{_hint(option, options, 1)}"
+
+
+def _unknown_key(key: str, verb: str) -> str:
+    return (
+        f"no key {key!r} in the settings of {verb}.{_hint(key, _keys(verb), 3)} "
+        f"`python -m tc_lightning {verb} --cfg job` shows all keys."
+    )
+
+
+def _hint(word: str, words: list[str], count: int) -> str:
+    close = difflib.get_close_matches(word, words, n=count, cutoff=0.5)
+    return f" Did you mean {', '.join(close)}?" if close else ""
 
 
 def _keys(verb: str) -> list[str]:

@@ -25,8 +25,11 @@ def run(cfg: DictConfig) -> list[Path]:
     """Write <run folder>/<model>/<prompt number>_<seed>.png and grid.png; returns the paths of the images."""
     build.quiet()
     prompts = _prompts(cfg)
-    seeds = [int(seed) for seed in cfg.seeds]
+    seeds = [int(seed) for seed in (cfg.seeds if isinstance(cfg.seeds, ListConfig) else [cfg.seeds])]
+    if cfg.batch_size < 1:
+        raise ValueError(f"batch_size={cfg.batch_size}: accepted: 1 or more")
     folder = Path(HydraConfig.get().runtime.output_dir)
+    record.refuse_overwrite(folder)
     runs = [str(run) for run in cfg.run] if isinstance(cfg.run, ListConfig) else [str(cfg.run)]
     paths, shown = [], []
     for number, source in enumerate(runs):
@@ -44,10 +47,12 @@ def run(cfg: DictConfig) -> list[Path]:
 
 
 def _prompts(cfg: DictConfig) -> list[str]:
-    if (cfg.text is None) == (cfg.prompts is None):
-        raise ValueError("""give either text='["a prompt"]' or prompts=<file>""")
-    if cfg.prompts is not None:
-        return read_prompts(cfg.prompts, limit=cfg.limit)
+    if (cfg.text is None) == (cfg.get("prompts") is None):
+        raise ValueError("""give either text='["a prompt"]' or prompts=file prompts.path=<file>""")
+    if cfg.text is None:
+        if "path" not in cfg.prompts:
+            raise ValueError("generate reads prompts of a file: prompts=file prompts.path=<file>")
+        return read_prompts(cfg.prompts.path, cfg.prompts.column, cfg.prompts.limit)
     texts = [cfg.text] if isinstance(cfg.text, str) else [str(text) for text in cfg.text]
     if not texts:
         raise ValueError("text=[] names no prompt")
@@ -61,8 +66,8 @@ def _images(source: str, prompts: Sequence[str], seeds: Sequence[int], cfg: Dict
     fraction = cfg.tuned_fraction if cfg.tuned_fraction is not None else trained["tuned_fraction"]
     original = None
     if fraction < 1:
-        # The settings of the run name its base: the steps before the tuned window use its text encoder.
-        base = {key: value for key, value in backbone.source.items() if key not in ("text_encoder", "unet")}
+        # a run's record names its base: the steps before the tuned window use the base's text encoder
+        base = {key: value for key, value in backbone.source.items() if key != "run"}
         original = Backbone.load(**base).text_encoder.to(_device(cfg.device))
     backbone.to(_device(cfg.device))
     return generate(backbone, prompts, seeds, tuned_fraction=fraction, original=original, batch_size=cfg.batch_size, **chain)

@@ -48,7 +48,7 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
     os.replace(part, folder / "run.json")
 
 
-def refuse_overwrite(folder: Path, resuming: bool) -> None:
+def refuse_overwrite(folder: Path, resuming: bool = False) -> None:
     """A run folder that holds a run is written to only to resume it.
 
     Raises:
@@ -56,7 +56,7 @@ def refuse_overwrite(folder: Path, resuming: bool) -> None:
     """
     if (folder / "run.json").exists() and not resuming:
         raise FileExistsError(
-            f"{folder} holds a run already: resume it with ckpt_path=last, or choose another folder with hydra.run.dir=..."
+            f"{folder} holds a run already: choose another folder with hydra.run.dir=..., or resume training with ckpt_path=last"
         )
 
 

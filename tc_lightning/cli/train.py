@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from tc_lightning.trainable import trainable_names
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Run the verb in Hydra's output folder; returns the run's record."""
     build.quiet()
+    build.check_numbers(cfg)
     folder = Path(HydraConfig.get().runtime.output_dir)
     checkpoint = _checkpoint(cfg.ckpt_path, folder)
     record.refuse_overwrite(folder, checkpoint is not None)
@@ -145,12 +147,11 @@ def _say_result(folder: Path, scores: BeforeAfter | None) -> None:
 
 
 def _say_resume(folder: Path, status: str) -> None:
-    overrides = " ".join(f"'{word}'" if any(c in word for c in " [{'\"") else word for word in sys.argv[2:] if "ckpt_path" not in word)
-    overrides = " ".join(word for word in overrides.split() if not word.startswith("hydra.run.dir"))
+    given = [word for word in sys.argv[2:] if not word.startswith(("ckpt_path=", "hydra.run.dir="))]
     last = folder / "checkpoints" / "last.ckpt"
     record.console.print(f"\n{status}; run folder {folder}")
     if last.exists():
-        command = f"python -m tc_lightning train {overrides} hydra.run.dir={folder} ckpt_path=last"
-        record.console.print(f"resume      {' '.join(command.split())}")
+        command = shlex.join([*given, f"hydra.run.dir={folder}", "ckpt_path=last"])
+        record.console.print(f"resume      python -m tc_lightning train {command}", markup=False)
     else:
         record.console.print("no checkpoint was written yet: start it again")
