@@ -151,7 +151,7 @@ class Backbone(nn.Module):
         """
         record = {"source": str(source), "revision": revision, "variant": variant, "config": config and str(config)}
         record |= {"random_weights": random_weights, "architecture": architecture, "seed": seed, "image_size": image_size}
-        folder = Path(source)
+        folder = Path(run or source)
         if random_weights:
             backbone = cls(**_random_parts(architecture or str(source), seed))
         elif (folder / "run.json").is_file():
@@ -160,17 +160,18 @@ class Backbone(nn.Module):
         elif (shape := _text_encoder_shape(folder)) is not None:
             backbone = cls.load(config or _base_of(folder, shape))
             backbone.replace("text_encoder", folder)
-            record = {**backbone.source, "text_encoder": str(folder)}
+            record = {**backbone.source, "config": record["config"], "run": str(folder)}  # as of a run: without "run", the base
         elif folder.suffix in (".safetensors", ".ckpt"):
             backbone = cls(**_single_file_parts(folder, config))
         else:
-            backbone = cls(**_folder_parts(TINY if str(source) == "tiny" else source, revision, variant))
+            given = run or source  # as written: Path would take the ./ that says that it is no hub id
+            backbone = cls(**_folder_parts(TINY if str(given) == "tiny" else given, revision, variant))
         for part, given in (("text_encoder", text_encoder), ("unet", unet)):
             if given is not None:
                 backbone.replace(part, given)
                 record[part] = str(given)
         backbone.source = record
-        return cls.load(run) if run is not None and text_encoder is None and unet is None else backbone
+        return backbone
 
     @classmethod
     def _from_run(cls, folder: Path) -> Backbone:
@@ -331,6 +332,8 @@ def save_model(model: nn.Module, folder: str | Path, dtype: torch.dtype | None =
 def _folder_parts(source: str | Path, revision: str | None, variant: str | None) -> dict[str, Any]:
     parts = {part: _fetch(kind, source, name, revision, variant) for part, (kind, name) in PARTS.items()}
     parts["tokenizer"] = _fetch(CLIPTokenizer, source, "tokenizer", revision, None)
+    if len(parts["tokenizer"]) < 256:  # where the files are absent transformers makes an empty one
+        raise BackboneError(f"{source} (tokenizer/) holds no vocabulary: vocab.json and merges.txt, or tokenizer.json, are missing")
     parts["noise_scheduler"] = _fetch(DDIMScheduler, source, "scheduler", revision, None)
     return parts
 
@@ -438,3 +441,13 @@ def _random_parts(architecture: str, seed: int) -> dict[str, Any]:
             "unet": UNet2DConditionModel(**numbers["unet"]),
             "noise_scheduler": DDIMScheduler(**numbers["scheduler"]),
         }
+
+
+def quiet_loading() -> None:
+    """No progress bars and no advice from transformers and diffusers while they load; errors still come."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from tc_lightning.backbone import Backbone
 from tc_lightning.chain import Chain
 from tc_lightning.conditioning import Conditioning, constant, guidance_pair, switch, tuned_from
-from tc_lightning.sampling import sample
 from tc_lightning.noise import gaussian
 from tc_lightning.rewards.base import BoundReward, Reward
 from tc_lightning.rewards.mix import RewardMix
+from tc_lightning.rewards.shared import shared_features
+from tc_lightning.sampling import sample
 from tc_lightning.schedules import LastK
 from tc_lightning.trainable import check_names, keep_trainable, trainable_names
 
@@ -100,13 +101,11 @@ class TextCraftor(LightningModule):
 
     def objective(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Loss = -sum_i w_i R_i - w_c C, averaged over the batch (Eq. 7); every term is logged by name."""
-        total, scores = self.reward(images, prompts)
-        logged = {f"train/{name}": value.detach().mean() for name, value in scores.items()}
-        loss = -total.mean()
-        if self.constraint is not None:
-            held, terms = self.constraint(images, prompts)
-            loss = loss - held.mean()
-            logged["train/constraint"] = terms["constraint"].detach().mean()
+        with shared_features():  # a constraint that stands on a reward's CLIP does not run it again
+            total, scores = self.reward(images, prompts)
+            held, terms = self.constraint(images, prompts) if self.constraint is not None else (0.0 * total, {})
+        loss = -(total + held).mean()
+        logged = {f"train/{name}": value.detach().mean() for name, value in (scores | terms).items()}
         self.log_dict(logged, batch_size=len(prompts))
         self.log("train/loss", loss.detach(), batch_size=len(prompts))
         self.log("train/reward", total.detach().mean(), prog_bar=True, batch_size=len(prompts))
@@ -120,12 +119,11 @@ class TextCraftor(LightningModule):
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Every score [B] by name: `total` (the rewards' weighted sum), each reward, the constraint, what is watched."""
-        total, scores = self.reward(images, prompts)
-        named = {"total": total, **scores}
-        if self.constraint is not None:
-            named |= self.constraint(images, prompts)[1]
-        if self.watch is not None:
-            named |= self.watch(images, prompts)[1]
+        with shared_features():
+            total, scores = self.reward(images, prompts)
+            named = {"total": total, **scores}
+            for mix in (self.constraint, self.watch):
+                named |= mix(images, prompts)[1] if mix is not None else {}
         return named
 
     @torch.no_grad()

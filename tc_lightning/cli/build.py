@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.loggers import CSVLogger, Logger
 
-from tc_lightning.backbone import Backbone
+from tc_lightning.backbone import Backbone, quiet_loading
 from tc_lightning.callbacks import CleanStop, checkpoints
 from tc_lightning.prompts import PromptData
 from tc_lightning.rewards.mix import RewardMix
@@ -138,15 +138,17 @@ def _keep_rows(logger: CSVLogger, file: Path, before_step: int) -> None:
 
 def quiet() -> None:
     """Silence what other libraries print about small matters: bars for loading, advice that does not fit short strings."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    diffusers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    for about in ("num_workers", "tensorboardX", "Checkpoint directory", "LeafSpec", "dataloader is not resumable", "GPU available",
-        "Experiment logs directory", "in eval mode at the start of training"):
+    quiet_loading()
+    for about in (
+        "num_workers",
+        "tensorboardX",
+        "Checkpoint directory",
+        "LeafSpec",
+        "dataloader is not resumable",
+        "GPU available",
+        "Experiment logs directory",
+        "in eval mode at the start of training",
+    ):
         warnings.filterwarnings("ignore", message=f".*{about}.*")
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
 

@@ -10,12 +10,12 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
 from tc_lightning.noise import derive_seed
+from tc_lightning.pretrain.stage import Workshop, fit, half
+from tc_lightning.pretrain.vae import scenes
 from tc_lightning.tiny.captions import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, read, write
 from tc_lightning.tiny.model import make_clip
 from tc_lightning.tiny.oracle import agreement
 from tc_lightning.tiny.shapes import change_one_fact, draw, sample_scene
-from tc_lightning.pretrain.stage import Workshop, fit, half
-from tc_lightning.pretrain.vae import scenes
 
 SCENES = 64  # a batch; each brings a sibling that differs in one fact
 FORGET = 0.25  # probability that a caption leaves a fact unsaid
@@ -86,7 +86,7 @@ def fact_loss(logits: Tensor, stated: list[Scene]) -> Tensor:
     sizes = [len(kind) + 1 for kind in KINDS for _ in PLACES] + [len(BACKGROUNDS)]
     targets = torch.tensor([_targets(scene) for scene in stated])
     parts = logits.split(sizes, dim=-1)
-    losses = [F.cross_entropy(part, target, ignore_index=-1, reduction="sum") for part, target in zip(parts, targets.T)]
+    losses = [F.cross_entropy(part, target, ignore_index=-1, reduction="sum") for part, target in zip(parts, targets.T, strict=True)]
     return sum(losses) / len(stated)
 
 

@@ -13,13 +13,13 @@ from tc_lightning.backbone import Backbone
 from tc_lightning.chain import Chain
 from tc_lightning.conditioning import constant, guidance_pair
 from tc_lightning.noise import derive_seed, gaussian
+from tc_lightning.pretrain.clip import tokenize
+from tc_lightning.pretrain.stage import Workshop, fit, half
+from tc_lightning.pretrain.vae import scenes
 from tc_lightning.tiny.captions import Scene, read, write
 from tc_lightning.tiny.model import make_noise_scheduler, make_unet
 from tc_lightning.tiny.oracle import failure, judge, look
 from tc_lightning.tiny.shapes import captions, change_one_fact, draw
-from tc_lightning.pretrain.clip import tokenize
-from tc_lightning.pretrain.stage import Workshop, fit, half
-from tc_lightning.pretrain.vae import scenes
 
 BATCH = 64
 POOL = 40_000  # drawings, encoded once
@@ -52,7 +52,7 @@ def train_unet(shop: Workshop, tokenizer: CLIPTokenizer) -> None:
         noisy = noise_scheduler.add_noise(latents[index].float(), noise, timesteps)
         return (unet(noisy, timesteps, embeds).sample - noise).square().mean()
 
-    unet = fit(shop, "unet", unet, loss, shop.steps(3000), 6e-4, ema_decay=0.998)
+    unet = fit(shop, "unet", unet, loss, shop.steps(3600), 6e-4, ema_decay=0.998)
     half(unet, shop.folder / "unet")
     shop.finish("unet", **measure_unet(Backbone.load(shop.folder)))
 

@@ -9,11 +9,11 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from tc_lightning.noise import derive_seed
+from tc_lightning.pretrain.stage import Workshop, fit, half
 from tc_lightning.tiny.captions import Scene, write
 from tc_lightning.tiny.model import make_vae
 from tc_lightning.tiny.oracle import judge
 from tc_lightning.tiny.shapes import draw, sample_scene
-from tc_lightning.pretrain.stage import Workshop, fit, half
 
 BATCH = 64
 KL_WEIGHT = 1e-6

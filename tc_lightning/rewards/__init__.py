@@ -13,6 +13,7 @@ _HOMES = {
     "HPSv2": "hpsv2",
     "CLIPTunedScore": "clip_tuned",
     "ImageReward": "imagereward",
+    "Oracle": "oracle",
 }
 
 __all__ = sorted(_HOMES)

@@ -122,7 +122,7 @@ def judge(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 def failure(reading: Reading, asked: Scene) -> str:
-    """"" for full obedience, "decoding" where no clear scene is shown, else "alignment"."""
+    """ "" for full obedience, "decoding" where no clear scene is shown, else "alignment"."""
     if reading.scene is None:
         drawings = reading.reason.endswith("drawings") and not reading.reason.startswith("0")
         return "alignment" if drawings else "decoding"
