@@ -29,5 +29,8 @@ class Oracle(Reward):
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores [B] in [0, 1]."""
-        shares = judge(images, prompts)
+        try:
+            shares = judge(images, prompts)
+        except ValueError as error:
+            raise ValueError(f"the oracle (watch=oracle) judges captions of shapes only; for other prompts watch=none: {error}") from error
         return ((shares == 1).float() if self.strict else shares).to(images.device)
