@@ -17,6 +17,8 @@ _HOMES = {
     "RewardMix": "rewards.mix",
     "Scores": "report",
     "TextCraftor": "module",
+    "TunedWindow": "window",
+    "callback_on_step_end": "window",
     "generate": "sampling",
     "rewards": "",
 }
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from tc_lightning.rewards.mix import RewardMix
     from tc_lightning.sampling import generate
     from tc_lightning.schedules import FullChain, LastK
+    from tc_lightning.window import TunedWindow, callback_on_step_end
 
 
 def __getattr__(name: str) -> Any:
