@@ -20,6 +20,7 @@ _HOMES = {
     "TunedWindow": "window",
     "callback_on_step_end": "window",
     "generate": "sampling",
+    "mix": "mixing",
     "rewards": "",
 }
 __all__ = sorted([*_HOMES, "__version__"])
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from tc_lightning import rewards
     from tc_lightning.backbone import Backbone
     from tc_lightning.chain import Chain
+    from tc_lightning.mixing import mix
     from tc_lightning.module import TextCraftor
     from tc_lightning.prompts import PromptData
     from tc_lightning.report import Scores

@@ -199,6 +199,7 @@ class Backbone(nn.Module):
             BackboneError: nothing there, or a key that does not fit, by name.
         """
         kind, name = PARTS[part]
+        source = TINY if str(source) == "tiny" else source
         folder = Path(source)
         model = getattr(self, part)
         if part == "text_encoder" and weights.is_file(folder):
@@ -299,16 +300,20 @@ class Backbone(nn.Module):
         model.peft_config["default"].save_pretrained(folder)
 
     def load_lora(self, part: str, folder: str | Path) -> None:
-        """Add the adapters of a run's lora/<part> folder and merge them into the weights."""
+        """Merge the adapters of a run's lora/<part> folder into the weights; the model is a plain one afterwards."""
         from peft import LoraConfig, set_peft_model_state_dict
         from safetensors.torch import load_file
 
         model = getattr(self, part)
         model.add_adapter(LoraConfig.from_pretrained(str(folder)))
         set_peft_model_state_dict(model, load_file(Path(folder) / "adapter_model.safetensors"), adapter_name="default")
-        for module in model.modules():
+        for name, module in list(model.named_modules()):
             if hasattr(module, "merge") and hasattr(module, "lora_A"):
                 module.merge()
+                parent, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, module.get_base_layer())
+        model._hf_peft_config_loaded = False
+        del model.peft_config
 
     def frozen_text_encoder(self) -> CLIPTextModel:
         """A frozen copy of the text encoder as it is now."""

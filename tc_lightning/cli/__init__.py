@@ -12,6 +12,7 @@ VERBS = {
     "train": "fine-tune a model against rewards",
     "evaluate": "score and compare models on a bench",
     "generate": "make images of prompts",
+    "mix": "interpolate and mix tuned text encoders",
     "pretrain": "make the embedded model again from nothing",
 }
 
