@@ -97,7 +97,7 @@ def _fit(
     status = "failed"
     try:
         # Lightning turns Ctrl-C into SystemExit(1): what must happen all the same stands in `finally`.
-        trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=False)
+        trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
         status = "finished"
     except (KeyboardInterrupt, SystemExit):
         status = "interrupted"
