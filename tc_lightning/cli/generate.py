@@ -16,9 +16,9 @@ from tc_lightning.cli import build, record
 from tc_lightning.pixels import grid, save_png
 from tc_lightning.prompts import read_prompts
 from tc_lightning.sampling import generate
+from tc_lightning.tiny.model import SAMPLING
 
 STABLE_DIFFUSION = {"steps": 25, "guidance_scale": 7.5, "timestep_spacing": "trailing"}
-TINY = {"steps": 10, "guidance_scale": 4.0, "timestep_spacing": "trailing"}
 
 
 def run(cfg: DictConfig) -> list[Path]:
@@ -79,7 +79,7 @@ def trained_settings(source: str, backbone: Backbone) -> dict[str, Any]:
     if file.is_file():
         card = json.loads(file.read_text())
         return {**card["config"]["chain"], "tuned_fraction": card["tuned_fraction"]}
-    return {**(TINY if backbone.source["source"] == "tiny" else STABLE_DIFFUSION), "tuned_fraction": 1.0}
+    return {**(SAMPLING if backbone.source["source"] == "tiny" else STABLE_DIFFUSION), "tuned_fraction": 1.0}
 
 
 def _device(name: str) -> str:

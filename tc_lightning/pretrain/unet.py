@@ -17,7 +17,7 @@ from tc_lightning.pretrain.clip import tokenize
 from tc_lightning.pretrain.stage import Workshop, fit, half
 from tc_lightning.pretrain.vae import scenes
 from tc_lightning.tiny.captions import Scene, read, write
-from tc_lightning.tiny.model import make_noise_scheduler, make_unet
+from tc_lightning.tiny.model import SAMPLING, make_noise_scheduler, make_unet
 from tc_lightning.tiny.oracle import failure, judge, look
 from tc_lightning.tiny.shapes import captions, change_one_fact, draw
 
@@ -25,7 +25,6 @@ BATCH = 64
 POOL = 40_000  # drawings, encoded once
 DROP = 0.1  # captions left empty, so that guidance has something to guide away from
 MISSTATE = 0.25  # captions that get one fact wrong, as captions found on the web do: what tuning can mend later
-STEPS, GUIDANCE = 10, 4.0  # the sampling that the quality figures are measured with
 
 
 def train_unet(shop: Workshop, tokenizer: CLIPTokenizer) -> None:
@@ -80,9 +79,15 @@ def _pool(shop: Workshop, vae: AutoencoderKL) -> tuple[list[Scene], Tensor]:
 
 
 @torch.no_grad()
-def sample(backbone: Backbone, prompts: list[str], seeds: list[int], guidance_scale: float = GUIDANCE) -> Tensor:
+def sample(
+    backbone: Backbone,
+    prompts: list[str],
+    seeds: list[int],
+    guidance_scale: float = SAMPLING["guidance_scale"],
+    steps: int = SAMPLING["steps"],
+) -> Tensor:
     """Images [B, 3, 32, 32] of prompts, one noise seed each."""
-    chain = Chain(backbone.unet, backbone.noise_scheduler, STEPS, guidance_scale)
+    chain = Chain(backbone.unet, backbone.noise_scheduler, steps, guidance_scale)
     images = []
     for start in range(0, len(prompts), 64):
         some = slice(start, start + 64)
@@ -92,7 +97,7 @@ def sample(backbone: Backbone, prompts: list[str], seeds: list[int], guidance_sc
     return torch.cat(images)
 
 
-def measure_unet(backbone: Backbone, count: int = 512, guidance_scale: float = GUIDANCE) -> dict[str, float]:
+def measure_unet(backbone: Backbone, count: int = 512, guidance_scale: float = SAMPLING["guidance_scale"]) -> dict[str, float]:
     """Strict obedience and partial agreement on held-out prompts, and the share of failures that are of alignment."""
     prompts = captions(count, seed=0, split="heldout")
     images = sample(backbone, prompts, list(range(count)), guidance_scale)

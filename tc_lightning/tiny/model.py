@@ -14,12 +14,14 @@ from tc_lightning.tiny.shapes import CANVAS
 
 WIDTH = 128  # of both CLIP towers, their joint space and the UNet's cross-attention
 TOKENS = 32  # maximum prompt length, start and end included
+SAMPLING = {"steps": 10, "guidance_scale": 2.0, "timestep_spacing": "trailing"}  # as conf/backbone/tiny.yaml has it
 
 
 def make_tokenizer(folder: str | Path) -> CLIPTokenizer:
-    """Write and load a byte-level BPE tokenizer in CLIP's file layout in which each word of the captions is one token.
+    """Write and load a byte-level BPE tokenizer in CLIP's file layout, merged for the words of the captions.
 
-    Any other text falls apart into bytes, so every prompt can be encoded.
+    Most of them are one token; "triangle", "purple" and "cyan" are several, because other words' merges come first. Any
+    other text falls apart into bytes, so every prompt can be encoded.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
