@@ -144,32 +144,38 @@ class Backbone(nn.Module):
             random_weights: published architecture, weights drawn from `seed`; nothing is downloaded.
             architecture: "sd15" or "sd21", for `random_weights`.
             image_size: pixels; the model's own by default.
-            run: a run folder whose tuned parts are laid over `source` (how a run started from another records it).
+            run: a run folder; the other arguments are then its base's (how a model that was tuned is recorded).
 
         Raises:
             BackboneError: not found, no network or no permission, or a part that does not fit.
         """
-        record = {"source": str(source), "revision": revision, "variant": variant, "config": config and str(config)}
+        record = {"source": _lasting(source), "revision": revision, "variant": variant, "config": config and str(config)}
         record |= {"random_weights": random_weights, "architecture": architecture, "seed": seed, "image_size": image_size}
         folder = Path(run or source)
         if random_weights:
             backbone = cls(**_random_parts(architecture or str(source), seed))
         elif (folder / "run.json").is_file():
             backbone = cls._from_run(folder)
-            record = {**backbone.source, "run": str(folder)}
+            record = _record_of_run(folder, backbone.source, image_size)
+            if run is None and (text_encoder or unet):
+                record = {"source": _lasting(folder), "image_size": image_size}
         elif (shape := _text_encoder_shape(folder)) is not None:
             backbone = cls.load(config or _base_of(folder, shape))
             backbone.replace("text_encoder", folder)
-            record = {**backbone.source, "config": record["config"], "run": str(folder)}  # as of a run: without "run", the base
+            record = {
+                **backbone.source,
+                "config": record["config"],
+                "run": _lasting(folder),
+            }  # as of a run: without "run", the base
         elif folder.suffix in (".safetensors", ".ckpt"):
             backbone = cls(**_single_file_parts(folder, config))
         else:
-            given = run or source  # as written: Path would take the ./ that says that it is no hub id
-            backbone = cls(**_folder_parts(TINY if str(given) == "tiny" else given, revision, variant))
+            written = run or source  # as written: Path would take the ./ that says that it is no hub id
+            backbone = cls(**_folder_parts(TINY if str(written) == "tiny" else written, revision, variant))
         for part, given in (("text_encoder", text_encoder), ("unet", unet)):
-            if given is not None:
+            if given is not None and run is None:  # beside `run` they are its base's
                 backbone.replace(part, given)
-                record[part] = str(given)
+                record[part] = _lasting(given)
         backbone.source = record
         return backbone
 
@@ -341,6 +347,18 @@ def _folder_parts(source: str | Path, revision: str | None, variant: str | None)
         raise BackboneError(f"{source} (tokenizer/) holds no vocabulary: vocab.json and merges.txt, or tokenizer.json, are missing")
     parts["noise_scheduler"] = _fetch(DDIMScheduler, source, "scheduler", revision, None)
     return parts
+
+
+def _lasting(source: str | Path) -> str:
+    """A path that is right from any folder; names and hub ids as they are."""
+    exists = str(source) != "tiny" and Path(source).exists()
+    return str(Path(source).resolve() if exists else source)
+
+
+def _record_of_run(folder: Path, base: dict[str, Any], image_size: int | None) -> dict[str, Any]:
+    """What loads a run again; without "run" it loads the run's base, which may be a run too."""
+    record = {"source": base["run"]} if "run" in base else base
+    return {**record, "image_size": image_size or base.get("image_size"), "run": _lasting(folder)}
 
 
 @contextlib.contextmanager
