@@ -233,13 +233,14 @@ def plot_reward(scores: Scores, reward: str, path: str | Path) -> Path:
 
     groups = [("all", scores), *((name, scores.only(name)) for name in scores.categories)]
     models, step = scores.models, 0.8 / len(scores.models)
-    figure = Figure(figsize=(7.0, 1.3 + 0.26 * len(models) * len(groups) + 0.12 * len(groups)), dpi=120, layout="constrained")
+    figure = Figure(figsize=(7.0, 1.3 + (0.12 + 0.17 * len(models)) * len(groups)), dpi=120, layout="constrained")
     axes = figure.add_subplot()
+    names = [name if len(name) <= 40 else f"{name[:39]}…" for name in models]
     for number, model in enumerate(models):
         means = [part.over_seeds().mean(model, reward) for _, part in groups]
         places = [index + (number - (len(models) - 1) / 2) * step for index in range(len(groups))]
         whiskers = [[value.mean - value.low for value in means], [value.high - value.mean for value in means]]
-        style = {"fmt": "o", "markersize": 5, "capsize": 2.5, "color": COLOURS[number % len(COLOURS)], "label": model}
+        style = {"fmt": "o", "markersize": 5, "capsize": 2.5, "color": COLOURS[number % len(COLOURS)], "label": names[number]}
         axes.errorbar([value.mean for value in means], places, xerr=np.maximum(whiskers, 0), **style)
     axes.set_yticks(range(len(groups)), [name if len(name) <= 32 else f"{name[:31]}…" for name, _ in groups])
     axes.set_ylim(len(groups) - 0.45, -0.55)
@@ -247,7 +248,10 @@ def plot_reward(scores: Scores, reward: str, path: str | Path) -> Path:
     axes.grid(axis="x", color="#e0e0e0")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper left", ncols=min(len(models), 4), frameon=False)
+    if len(groups) > 1:
+        axes.axhline(0.5, color="#b0b0b0", linewidth=0.8)
+    columns = max(1, min(len(models), 80 // (max(map(len, names)) + 8)))  # about 80 letters fit a line of the legend
+    figure.legend(loc="outside upper left", ncols=columns, frameon=False)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
