@@ -13,6 +13,7 @@ VERBS = {
     "evaluate": "score and compare models on a bench",
     "generate": "make images of prompts",
     "mix": "interpolate and mix tuned text encoders",
+    "export": "write a tuned model for other tools",
     "pretrain": "make the embedded model again from nothing",
 }
 
