@@ -86,7 +86,8 @@ def fact_loss(logits: Tensor, stated: list[Scene]) -> Tensor:
     sizes = [len(kind) + 1 for kind in KINDS for _ in PLACES] + [len(BACKGROUNDS)]
     targets = torch.tensor([_targets(scene) for scene in stated])
     parts = logits.split(sizes, dim=-1)
-    losses = [F.cross_entropy(part, target, ignore_index=-1, reduction="sum") for part, target in zip(parts, targets.T, strict=True)]
+    pairs = zip(parts, targets.T, strict=True)
+    losses = [F.cross_entropy(part, target, ignore_index=-1, reduction="sum") for part, target in pairs]
     return sum(losses) / len(stated)
 
 

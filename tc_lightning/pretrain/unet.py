@@ -51,7 +51,7 @@ def train_unet(shop: Workshop, tokenizer: CLIPTokenizer) -> None:
         noisy = noise_scheduler.add_noise(latents[index].float(), noise, timesteps)
         return (unet(noisy, timesteps, embeds).sample - noise).square().mean()
 
-    unet = fit(shop, "unet", unet, loss, shop.steps(3600), 6e-4, ema_decay=0.998)
+    unet = fit(shop, "unet", unet, loss, shop.steps(3150), 6e-4, ema_decay=0.998)
     half(unet, shop.folder / "unet")
     shop.finish("unet", **measure_unet(Backbone.load(shop.folder)))
 

@@ -14,7 +14,7 @@ from tc_lightning.tiny.shapes import CANVAS
 
 WIDTH = 128  # of both CLIP towers, their joint space and the UNet's cross-attention
 TOKENS = 32  # maximum prompt length, start and end included
-SAMPLING = {"steps": 10, "guidance_scale": 2.0, "timestep_spacing": "trailing"}  # as conf/backbone/tiny.yaml has it
+SAMPLING = {"steps": 10, "guidance_scale": 1.5, "timestep_spacing": "trailing"}  # as conf/backbone/tiny.yaml has it
 
 
 def make_tokenizer(folder: str | Path) -> CLIPTokenizer:

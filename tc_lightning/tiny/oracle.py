@@ -22,7 +22,7 @@ BACKGROUND_TOLERANCE = 0.20  # RGB distance
 COLOUR_TOLERANCE = 0.28  # RGB distance
 FOREGROUND = 0.30  # RGB distance from the background at which a pixel belongs to a drawing
 SPECK = 4  # pixels; smaller spots are ignored
-MATCH = 0.80  # intersection over union with the best template
+MATCH = 0.75  # intersection over union with the best template; an eye reads drawings of 8 pixels down to about here
 SIZE_LIMIT = 4.85  # pixels; radius between small and large
 OFF_CENTRE = 4.0  # pixels
 
