@@ -43,6 +43,9 @@ def run(cfg: DictConfig) -> Scores:
             complete = evaluation.run(rank, world, bar)
         _wait(helpers)
         complete = complete or evaluation.run(0, 1)
+    except KeyboardInterrupt:
+        record.console.print(f"\ninterrupted; the same command with hydra.run.dir={folder} continues")
+        raise SystemExit(130) from None
     finally:
         for process in helpers.values():
             process.kill() if process.poll() is None else None
