@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import netrc
+import os
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from urllib.parse import urlparse
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor
 
 from tc_lightning.pixels import grid, to_uint8
 from tc_lightning.prompts import fixed_seed
 from tc_lightning.report import Scores
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 class SampleGrid(Callback):
@@ -64,11 +74,27 @@ class SampleGrid(Callback):
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The last grid, and before beside after."""
-        after = self._save(trainer, pl_module)
+        drawn = trainer.global_step == self._drawn
+        after = (self._draw if drawn else self._save)(trainer, pl_module)
         both = torch.cat([self._draw(trainer, pl_module, tuned=False), after], dim=1)
         labels = [f"{word} {k + 1}" for word in ("before", "after") for k in range(self.seeds)]
         picture = grid(both, row_labels=self._texts(trainer), column_labels=labels)
         picture.save(Path(trainer.default_root_dir) / "samples" / "before_after.png")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                _log_table(logger, "table/before_after", *self._table(trainer, pl_module, both), trainer.global_step)
+
+    def _table(self, trainer: Trainer, module: LightningModule, both: Tensor) -> tuple[list[str], list[list]]:
+        """Prompt x seed x images before and after x scores of both; `both` is [P, 2 S, 3, H, W]."""
+        rows, names = [], []
+        for index, (text, images) in enumerate(zip(self._texts(trainer), both, strict=True)):
+            scores = module.score(images.to(module.device), [text] * len(images))
+            names, values = list(scores), [column.tolist() for column in scores.values()]
+            arrays = to_uint8(images)
+            for k in range(self.seeds):
+                pairs = [column[place] for column in values for place in (k, k + self.seeds)]
+                rows.append([text, fixed_seed(index * self.seeds + k), arrays[k], arrays[k + self.seeds], *pairs])
+        return ["prompt", "seed", "before", "after", *(f"{name} {word}" for name in names for word in ("before", "after"))], rows
 
     def _save(self, trainer: Trainer, module: LightningModule) -> Tensor:
         images = self._draw(trainer, module)
@@ -89,6 +115,54 @@ def _log_images(logger: Any, images: Tensor, captions: Sequence[str], step: int)
     elif hasattr(getattr(logger, "experiment", None), "add_image"):  # tensorboard
         for index, array in enumerate(arrays):
             logger.experiment.add_image(f"samples/{index}", array, step, dataformats="HWC")
+
+
+def _log_table(logger: WandbLogger, name: str, columns: list[str], rows: list[list], step: int) -> None:
+    """A table whose byte arrays [H, W, 3] are pictures."""
+    import wandb
+
+    cells = [[wandb.Image(cell) if hasattr(cell, "shape") else cell for cell in row] for row in rows]
+    # a seed may exceed what a float keeps: as text it can be copied into generate seeds=
+    cells = [[str(cell) if columns[place] == "seed" else cell for place, cell in enumerate(row)] for row in cells]
+    logger.experiment.log({name: wandb.Table(columns=columns, data=cells), "trainer/global_step": step})
+
+
+def wandb_logger(offline: bool | None = None, log_model: bool | str = False, **options: Any) -> WandbLogger:
+    """Lightning's wandb logger; without a key it writes an offline run and says how to upload that.
+
+    Args:
+        offline: None is offline on a machine without a key.
+        log_model: True uploads checkpoints as artifacts at the end, "all" during training; needs an online run.
+        options: of WandbLogger.
+
+    Raises:
+        ValueError: wandb is not installed.
+    """
+    offline = not _has_wandb_key() if offline is None else offline
+    if offline and log_model:
+        rank_zero_warn("wandb is offline: the checkpoint does not become an artifact (logger.wandb.log_model)")
+        log_model = False
+    try:
+        logger = WandbLogger(offline=offline, log_model=log_model, **options)
+    except ModuleNotFoundError as error:
+        raise ValueError("logger=wandb needs wandb: pip install 'tc_lightning[wandb]'; or logger=[csv]") from error
+    if offline:
+        place = f"{options.get('save_dir', '.')}/wandb"
+        # a table's pictures wait for the upload in wandb's data folder: beside the run, not in the user's home
+        os.environ["WANDB_DATA_DIR"] = os.environ.get("WANDB_DATA_DIR") or os.path.abspath(place)
+        rank_zero_info(f"wandb is offline; upload the run later with: wandb sync {place}/offline-run-*")
+    return logger
+
+
+def _has_wandb_key() -> bool:
+    mode = os.environ.get("WANDB_MODE", "")
+    if mode in ("offline", "dryrun", "disabled") or os.environ.get("WANDB_API_KEY"):
+        return mode not in ("offline", "dryrun", "disabled")
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def _chunks(rows: Sequence, size: int) -> list[Sequence]:
@@ -125,6 +199,9 @@ class BeforeAfter(Callback):
             self.scores.add(model, texts, seeds, {name: value.tolist() for name, value in scores.items()})
         if trainer.is_global_zero and prompts:
             means = {f"{model}/{name}": self.scores.column(model, name).mean() for name in self.scores.rewards}
+            if model == "after" and "before" in self.scores.models:
+                gains = {name: self.scores.paired(name, "before", "after").mean for name in self.scores.rewards}
+                means |= {f"gain/{name}": value for name, value in gains.items()}
             for logger in trainer.loggers:
                 logger.log_metrics(means, trainer.global_step)
 
@@ -142,7 +219,7 @@ class BeforeAfter(Callback):
 
 
 class Throughput(Callback):
-    """Logs samples/s over the last steps (all processes together) and, on a GPU, the peak memory in GiB."""
+    """Logs samples/s over the last steps (all processes together) and the peak memory in GiB: of the GPU, else of the process."""
 
     def __init__(self, every: int = 10) -> None:
         self.every = max(1, every)
@@ -164,6 +241,9 @@ class Throughput(Callback):
         pl_module.log("perf/samples_per_second", samples / (now - began), prog_bar=True)
         if pl_module.device.type == "cuda":
             pl_module.log("perf/peak_gib", torch.cuda.max_memory_allocated() / 2**30)
+        elif resource is not None:
+            unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
+            pl_module.log("perf/peak_gib", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
         self._since = (now, trainer.global_step)
 
 

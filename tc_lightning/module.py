@@ -111,8 +111,16 @@ class TextCraftor(LightningModule):
         self.log("train/reward", total.detach().mean(), prog_bar=True, batch_size=len(prompts))
         return loss
 
+    def on_train_start(self) -> None:
+        """Log the weights of the terms, once."""
+        mixes = [mix for mix in (self.reward, self.constraint) if mix is not None]
+        weights = {f"weight/{name}": reward.weight for mix in mixes for name, reward in mix.rewards.items()}
+        for logger in self.loggers if self.trainer.is_global_zero else ():
+            logger.log_metrics(weights, self.global_step)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the gradient's norm before clipping."""
+        """Log the gradient's norm before clipping, and the learning rate."""
+        self.log("train/lr", float(optimizer.param_groups[0]["lr"]))
         norms = [parameter.grad.norm() for parameter in self.parameters() if parameter.grad is not None]
         self.log("train/grad_norm", torch.stack(norms).norm())
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import LightningModule, Trainer
@@ -16,6 +17,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger
 
 from tc_lightning.backbone import Backbone, quiet_loading
 from tc_lightning.callbacks import CleanStop, checkpoints
+from tc_lightning.cli.record import git_commit
 from tc_lightning.prompts import PromptData
 from tc_lightning.rewards.mix import RewardMix
 
@@ -121,6 +123,8 @@ def build_loggers(cfg: DictConfig, checkpoint: Path | None) -> list[Logger]:
             file = Path(logger.log_dir) / "metrics.csv"
             step = torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"]
             _keep_rows(logger, file, step) if file.is_file() else None
+        if not isinstance(logger, CSVLogger):  # beside a csv file lies run.json, which has all this
+            logger.log_hyperparams({**plain(cfg), "git": git_commit(), "overrides": list(HydraConfig.get().overrides.task)})
     return loggers
 
 
