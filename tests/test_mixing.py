@@ -13,6 +13,7 @@ from tuned_runs import CHAIN, make_run
 import tc_lightning as tc
 from tc_lightning.backbone import Backbone
 from tc_lightning.cli import main
+from tc_lightning.cli.mix import load_tuned
 from tc_lightning.mixing import Mixture, interpolation, merge, mix, mixed_text_encoder, strip, styles
 from tc_lightning.pixels import load_png
 
@@ -116,6 +117,18 @@ def test_different_widths_do_not_mix(tiny, tuned):
 def test_unknown_space(tiny, tuned):
     with pytest.raises(ValueError, match="space='latent', accepted: embedding, weights"):
         mixed_text_encoder(tiny.text_encoder, tuned, [1, 0, 0, 0], space="latent")
+
+
+def test_adapters_of_a_run_are_merged_and_a_tuned_unet_is_refused(tmp_path, tiny, runs):
+    adapted, both = make_run(tmp_path / "adapted", 7, lora=True), make_run(tmp_path / "both", 8, unet=True)
+    base, tuned, _ = load_tuned([str(adapted), str(runs[0])], ["adapted", "bold"], None, "cpu")
+    mixed = merge([base.text_encoder, *tuned.values()], [0.0, 1.0, 0.0])
+    torch.testing.assert_close(tiny.encode(PROMPT, mixed), Backbone.load(adapted).encode(PROMPT))
+    assert torch.equal(base.encode(PROMPT), tiny.encode(PROMPT)), "the base is the original"
+    with pytest.raises(ValueError, match="tuned its UNet too"):
+        load_tuned([str(both)], ["both"], None, "cpu")
+    _, tuned, _ = load_tuned([str(both / "text_encoder")], ["both"], "tiny", "cpu")
+    assert torch.equal(tiny.encode(PROMPT, tuned["both"]), Backbone.load(both).encode(PROMPT))
 
 
 def test_strip_has_a_column_a_mixture():
