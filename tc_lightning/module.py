@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from tc_lightning.backbone import Backbone
 from tc_lightning.chain import Chain
@@ -33,6 +34,7 @@ class TextCraftor(LightningModule):
         watch: scores that are never trained on (an oracle, rewards kept aside), measured beside the others.
         schedule: which steps carry gradient; the tuned text is seen from the first of them on.
         optimizer: given the trainable parameters; the paper's AdamW by default.
+        lr_scheduler: given the optimizer, stepped after every step of it; constant by default.
         steps, guidance_scale, timestep_spacing, keep_activations: of the chain.
         tuned_fraction: when sampling, the tuned text is used where t < 1000 * tuned_fraction (0.6 is the paper's).
 
@@ -48,6 +50,7 @@ class TextCraftor(LightningModule):
         watch: RewardMix | None = None,
         schedule: Callable[..., Tensor] | None = None,
         optimizer: Optimizer | None = None,
+        lr_scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
         steps: int = 25,
         guidance_scale: float = 7.5,
         timestep_spacing: str = "trailing",
@@ -68,6 +71,7 @@ class TextCraftor(LightningModule):
         self.chain = Chain(backbone.unet, backbone.noise_scheduler, steps, guidance_scale, timestep_spacing, keep_activations)
         self.tuned_fraction = tuned_fraction
         self.optimizer = optimizer or torch.optim.AdamW
+        self.lr_scheduler = lr_scheduler
         self.first_gradient_step = self.schedule.first_gradient_step(steps)
         tuned_from(self.chain.timesteps, tuned_fraction)  # refuse a fraction outside [0, 1] now, not after the first epoch
         for mix in (self.reward, self.constraint):
@@ -149,9 +153,12 @@ class TextCraftor(LightningModule):
         first = tuned_from(self.chain.timesteps, self.tuned_fraction) if tuned else len(self.chain)
         return sample(self.backbone, self.chain, self.condition(prompts, first), seeds)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The optimizer over exactly the parameters that learn."""
-        return self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+    def configure_optimizers(self) -> Any:
+        """The optimizer over exactly the parameters that learn, with its learning rate's schedule if there is one."""
+        optimizer = self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        if self.lr_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
 
     def train(self, mode: bool = True) -> TextCraftor:
         """Keep every network in eval mode: dropout has no place in a reward's gradient."""

@@ -84,6 +84,7 @@ def build_method(cfg: DictConfig, backbone: Backbone) -> LightningModule:
         watch=mix_of(cfg.get("watch"), "watch"),
         schedule=instantiate(cfg.schedule),
         optimizer=instantiate(cfg.optimizer),
+        lr_scheduler=instantiate(cfg.lr_scheduler) if cfg.get("lr_scheduler") else None,
     )
 
 
