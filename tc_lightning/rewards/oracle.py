@@ -32,5 +32,6 @@ class Oracle(Reward):
         try:
             shares = judge(images, prompts)
         except ValueError as error:
-            raise ValueError(f"the oracle (watch=oracle) judges captions of shapes only; for other prompts watch=none: {error}") from error
+            hint = "the oracle (watch=oracle) judges captions of shapes only, for other prompts give watch=none"
+            raise ValueError(f"{hint}: {error}") from error
         return ((shares == 1).float() if self.strict else shares).to(images.device)
