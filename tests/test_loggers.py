@@ -16,7 +16,7 @@ SMALL = [
     "max_steps=2",
     "checkpoint_every=2",
     "chain.steps=2",
-    "schedule.k=1",
+    "schedule=last_k", "schedule.k=1",
     "val.prompts=4",
     "val.every=1",
     "prompts.train=16",
