@@ -262,14 +262,15 @@ class CleanStop(Callback):
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if self.asked:
+        if self.asked or not self._old:  # Lightning puts the handlers back that it found, after teardown: ours
             raise KeyboardInterrupt(name)
         self.asked = name
         print(f"\n{name}: the run ends after this step (once more to end now)", flush=True)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Where this batch begins."""
+        """Where this batch begins; the step that loggers show, which Lightning counts once too often in a run taken further."""
         self._step = trainer.global_step
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Save and stop at the end of a whole step, so that a resumed run equals an uninterrupted one."""

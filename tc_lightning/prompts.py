@@ -162,7 +162,7 @@ class PromptData(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Batches {"prompts": [B], "seeds": [B]}; a resumed run goes on with the batch after its last."""
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        sampler = EpochBatches(self, rank, world, self._done)
+        sampler = EpochBatches(self, rank, world, self._done, self._total())
         rows = _Rows(self.splits["train"], self.seed, self.seeds_per_prompt)
         return DataLoader(rows, batch_sampler=sampler, num_workers=self.workers, collate_fn=_collate)
 
@@ -171,6 +171,12 @@ class PromptData(LightningDataModule):
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         rows = [(prompt, fixed_seed(index)) for index, prompt in enumerate(self.splits["dev"])]
         return DataLoader(rows[rank::world], batch_size=max(self.batch_size, 32), collate_fn=_collate)
+
+    def _total(self) -> int | None:
+        # All epochs are one to Lightning: its own would cut an accumulated step short at their end, and begin anew where a
+        # run that had finished is taken further.
+        steps = self.trainer.max_steps if self.trainer else 0
+        return steps * self.trainer.accumulate_grad_batches if steps > 0 else None
 
     def _done(self) -> int:
         # Lightning replays the data from the start when it resumes within an epoch: the sampler skips by itself.
@@ -190,23 +196,32 @@ class EpochBatches:
         data: the prompts.
         rank, world: this process and how many there are; they share out one global batch.
         done: how many batches this process has had, in all epochs.
+        total: how many it is to have, in all epochs; one epoch's from there on by default.
     """
 
-    def __init__(self, data: PromptData, rank: int = 0, world: int = 1, done: Callable[[], int] = lambda: 0) -> None:
-        self.data, self.rank, self.world, self.done = data, rank, world, done
+    def __init__(
+        self,
+        data: PromptData,
+        rank: int = 0,
+        world: int = 1,
+        done: Callable[[], int] = lambda: 0,
+        total: int | None = None,
+    ) -> None:
+        self.data, self.rank, self.world, self.done, self.total = data, rank, world, done, total
         self.rows = len(data.splits["train"])
         if self.rows < data.batch_size * world:
             raise ValueError(
                 f"{self.rows} training prompts do not fill one batch of prompts.batch_size={data.batch_size} x {world} processes"
             )
+        self.per_epoch = self.rows // (data.batch_size * world)
 
     def __len__(self) -> int:
-        return self.rows // (self.data.batch_size * self.world)
+        return self.total or self.per_epoch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         done = self.done()
-        for number in range(done, done + len(self)):
-            epoch, batch = divmod(number, len(self))
+        for number in range(done, self.total or done + self.per_epoch):
+            epoch, batch = divmod(number, self.per_epoch)
             if number == done or batch == 0:
                 order = self._order(epoch)
             begin = (batch * self.world + self.rank) * self.data.batch_size

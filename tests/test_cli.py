@@ -181,7 +181,16 @@ def test_no_prompt_text_is_lost_that_is_too_long(empty):
     long = "a red circle " * 20
     (empty / "prompts.txt").write_text("\n".join(f"{long} {n}" if n % 2 else f"a red circle {n}" for n in range(12)))
     files = ("prompts=file", "prompts.path=prompts.txt", "prompts.dev=2", "prompts.heldout=2")
-    small = ("max_steps=1", "chain.steps=2", "schedule=last_k", "schedule.k=1", "prompts.batch_size=2", "watch=none", "val.every=0", "~callbacks")
+    small = (
+        "max_steps=1",
+        "chain.steps=2",
+        "schedule=last_k",
+        "schedule.k=1",
+        "prompts.batch_size=2",
+        "watch=none",
+        "val.every=0",
+        "~callbacks",
+    )
     with pytest.warns(UserWarning, match=r"\d of 8 prompts have more than 32 tokens: the tokenizer cuts them") as caught:
         done = door("train", *small, *files, "hydra.run.dir=out")
     assert done.status == 0, done.err

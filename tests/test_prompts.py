@@ -17,15 +17,10 @@ PROMPTS = [f"a red circle number {index}" for index in range(24)]
 
 def rows(data: PromptData, epochs: int = 1, done: int = 0) -> list[tuple[str, int]]:
     """(prompt, seed) of every row of a loader's epochs, batches undone."""
-    begun = done
-    found = []
-    for _ in range(epochs):
-        loader = data.train_dataloader()
-        loader.batch_sampler.done = lambda: begun
-        for batch in loader:
-            found += zip(batch["prompts"], batch["seeds"], strict=True)
-            begun += 1
-    return found
+    loader = data.train_dataloader()
+    loader.batch_sampler.done = lambda: done
+    loader.batch_sampler.total = done + epochs * loader.batch_sampler.per_epoch
+    return [row for batch in loader for row in zip(batch["prompts"], batch["seeds"], strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -143,6 +138,12 @@ def test_any_batch_can_be_the_next_one(done):
     uninterrupted = rows(data, epochs=4)
     assert len(uninterrupted) == 4 * 5 * 4
     assert rows(data, done=done)[: 4 * 5] == uninterrupted[4 * done : 4 * (done + 5)]
+
+
+def test_a_run_of_steps_is_one_long_epoch_for_lightning():
+    sampler = EpochBatches(PromptData(PROMPTS, batch_size=8), total=7)
+    assert len(sampler) == 7 == len(list(sampler)) and sampler.per_epoch == 3
+    assert len(EpochBatches(PromptData(PROMPTS, batch_size=8))) == 3
 
 
 def test_ranks_share_one_global_batch():
