@@ -13,6 +13,8 @@ from tc_lightning import callbacks
 from tc_lightning.pixels import load_png
 
 SMALL = [
+    "lr_scheduler=constant",
+    "optimizer.lr=1e-4",
     "max_steps=2",
     "checkpoint_every=2",
     "chain.steps=2",
