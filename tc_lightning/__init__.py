@@ -10,12 +10,17 @@ __version__ = "0.1.0"
 _HOMES = {
     "Backbone": "backbone",
     "Chain": "chain",
+    "DRTune": "schedules",
     "FullChain": "schedules",
     "LastK": "schedules",
+    "LowVariance": "schedules",
     "PromptData": "prompts",
+    "RandomK": "schedules",
     "Reward": "rewards.base",
     "RewardMix": "rewards.mix",
     "Scores": "report",
+    "SingleStep": "schedules",
+    "StepList": "schedules",
     "TextCraftor": "module",
     "TunedWindow": "window",
     "callback_on_step_end": "window",
@@ -36,7 +41,7 @@ if TYPE_CHECKING:
     from tc_lightning.rewards.base import Reward
     from tc_lightning.rewards.mix import RewardMix
     from tc_lightning.sampling import generate
-    from tc_lightning.schedules import FullChain, LastK
+    from tc_lightning.schedules import DRTune, FullChain, LastK, LowVariance, RandomK, SingleStep, StepList
     from tc_lightning.window import TunedWindow, callback_on_step_end
 
 

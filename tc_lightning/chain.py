@@ -75,11 +75,14 @@ class Chain:
     def noise_pred(self, x: Tensor, i: int, conditioning: Conditioning) -> Tensor:
         """The guided model output [B, C, h, w] at step i (Eq. 3), in x's dtype; v for a v-prediction model."""
         self.alpha_bar(i)
-        guided = self.guidance_scale != 1.0
-        kwargs = _rows(conditioning(i), x.shape[0], guided)
-        model_input = torch.cat([x, x]) if guided else x
         # A tensor, filled on the device: an integer would cost a transfer a step, and a compiled UNet a compilation.
-        t = torch.full((model_input.shape[0],), self.timesteps[i], device=x.device)
+        return self.noise_pred_at(x, torch.full((x.shape[0],), self.timesteps[i], device=x.device), conditioning(i))
+
+    def noise_pred_at(self, x: Tensor, timesteps: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """The same at any training timesteps [B], a row's own each; `kwargs` are the UNet's arguments for x's rows."""
+        guided = self.guidance_scale != 1.0
+        kwargs = _rows(kwargs, x.shape[0], guided)
+        model_input, t = (torch.cat([part, part]) if guided else part for part in (x, timesteps))
         output = self.unet(model_input, t, **kwargs).sample.to(x.dtype)
         return ddim.guide(*output.chunk(2), self.guidance_scale) if guided else output
 
@@ -108,13 +111,17 @@ class Chain:
         stop = len(self) if stop is None else stop
         if not 0 <= start <= stop <= len(self):
             raise ValueError(f"start={start}, stop={stop}, accepted: 0 <= start <= stop <= {len(self)}")
-        kept = {"all": stop - start, "none": 0}.get(self.keep_activations, self.keep_activations)
+        kept = self.kept(stop - start)
         for i in range(start, stop):
             if torch.is_grad_enabled() and i < stop - kept:
                 x = checkpoint(self.step, x, i, conditioning, use_reentrant=False)
             else:
                 x = self.step(x, i, conditioning)
         return x
+
+    def kept(self, steps: int) -> int:
+        """How many of that many gradient steps keep their activations for backward: the last ones."""
+        return min(steps, {"all": steps, "none": 0}.get(self.keep_activations, self.keep_activations))
 
 
 def timestep_list(steps: int, spacing: str, num_train_timesteps: int = 1000, steps_offset: int = 0) -> list[int]:

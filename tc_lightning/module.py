@@ -18,7 +18,7 @@ from tc_lightning.rewards.base import BoundReward, Reward
 from tc_lightning.rewards.mix import RewardMix
 from tc_lightning.rewards.shared import shared_features
 from tc_lightning.sampling import sample
-from tc_lightning.schedules import LastK
+from tc_lightning.schedules import LastK, at_step
 from tc_lightning.trainable import check_names, keep_trainable, trainable_names
 
 Optimizer = Callable[..., torch.optim.Optimizer]
@@ -85,9 +85,10 @@ class TextCraftor(LightningModule):
         """One step of Algorithm 1 on a batch {"prompts": [B], "seeds": [B]}; returns the loss."""
         prompts = batch["prompts"]
         x = gaussian(batch["seeds"], self.backbone.latent_shape).to(self.device)
-        latents = self.schedule(self.chain, x, self.condition(prompts))
+        schedule = at_step(self.schedule, self.global_step, batch["seeds"])
+        latents = schedule(self.chain, x, self.condition(prompts))
         images = self.backbone.decode(latents)
-        return self.objective(images, prompts)
+        return self.objective(images, prompts * (len(images) // len(prompts)))  # LowVariance gives several images a prompt
 
     def condition(self, prompts: Sequence[str], first_tuned_step: int | None = None) -> Conditioning:
         """The original text before `first_tuned_step` and the tuned text from it on; null embeddings likewise."""

@@ -81,6 +81,23 @@ def test_gradient_on_exactly_the_trainable_names(text_encoder, unet, make):
     assert sum(moving) / len(moving) > 0.9
 
 
+SCHEDULES = [tc.RandomK(), tc.LowVariance(1), tc.DRTune(k=2), tc.DRTune(steps=[0, 2]), tc.SingleStep(1.0), tc.StepList([0, -1])]
+
+
+@pytest.mark.parametrize("modes", [("full", "frozen"), ("frozen", "lora"), ("lora", "full")], ids="-".join)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)
+def test_every_schedule_gives_gradient_to_exactly_what_learns(schedule, modes, make):
+    module = make(*modes, schedule=schedule, keep_activations="none")
+    loss_of(module).backward()
+    report = gradient_report(module)
+    assert report["leaked"] == [] and report["without"] == [] and report["with"] == trainable_names(module)
+    assert {name.split(".")[1] for name in report["with"]} == {
+        part for part, mode in module.backbone.modes.items() if mode != "frozen"
+    }
+    moving = [p.grad.abs().sum() > 0 for n, p in module.named_parameters() if p.requires_grad and "lora_A" not in n]
+    assert sum(moving) / len(moving) > 0.9
+
+
 def test_unet_alone_can_learn(make):
     module = make("frozen", "full")
     assert module.original is None and {name.split(".")[1] for name in trainable_names(module)} == {"unet"}
