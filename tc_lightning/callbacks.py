@@ -253,7 +253,8 @@ class CleanStop(Callback):
     def __init__(self) -> None:
         self.asked: str | None = None
         self._old: dict[int, Any] = {}
-        self._step = 0
+        self._began = self._saved = -1  # global steps
+        self._whole = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take over the signals."""
@@ -268,19 +269,36 @@ class CleanStop(Callback):
         print(f"\n{name}: the run ends after this step (once more to end now)", flush=True)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Where this batch begins; the step that loggers show, which Lightning counts once too often in a run taken further."""
-        self._step = trainer.global_step
+        """Stop between two steps, when the last one's numbers are logged too.
+
+        Also sets the step that loggers show, which Lightning counts once too often in a run taken further.
+        """
+        if self._saved == trainer.global_step:
+            raise KeyboardInterrupt(self.asked)
+        self._began = trainer.global_step
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Save and stop at the end of a whole step, so that a resumed run equals an uninterrupted one."""
-        if self.asked and trainer.global_step > self._step:  # not amid accumulated batches, whose gradients would be lost
-            trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
-            raise KeyboardInterrupt(self.asked)
+        """Save at the end of a whole step, so that a resumed run equals an uninterrupted one."""
+        self._whole = trainer.global_step > self._began  # not amid accumulated batches, whose gradients would be lost
+        self._save_if_asked(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save where the signal came during validation."""
+        self._save_if_asked(trainer)
+
+    def _save_if_asked(self, trainer: Trainer) -> None:
+        if self.asked and self._whole and self._saved != trainer.global_step:
+            self._save(trainer)
+            self._saved = trainer.global_step
+
+    @staticmethod
+    def _save(trainer: Trainer) -> None:
+        trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The finished run's checkpoint, so that it can be continued with a larger max_steps."""
-        trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+        self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Hand the signals back."""

@@ -144,6 +144,18 @@ def test_text_features_are_computed_once_a_prompt_and_bounded(files, monkeypatch
     assert not tower._cache
 
 
+def test_text_features_do_not_depend_on_what_is_encoded_with_them():
+    """A resumed run meets prompts in other company than an uninterrupted one; a last bit is a different run."""
+    from tc_lightning.rewards.tiny import tiny_clip
+    from tc_lightning.tiny.shapes import captions
+
+    tower, prompts = tiny_clip().tower, captions(24, 0, "dev")
+    alone = tower.text_embeds(prompts[:1])
+    for company in (prompts[:2], prompts[4::-1], prompts[10:] + prompts[:1], prompts):
+        tower._cache.clear()
+        assert torch.equal(tower.text_embeds(company)[company.index(prompts[0])], alone[0])
+
+
 def test_scored_in_inference_mode_first_then_with_a_gradient(files):
     """Lightning validates in inference mode; what is kept from there must serve training."""
     reward, images = CLIPScore(files[0], dtype="fp32"), torch.rand(2, 3, 32, 32, requires_grad=True)

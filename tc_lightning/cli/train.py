@@ -99,8 +99,10 @@ def _fit(
         # Lightning turns Ctrl-C into SystemExit(1): what must happen all the same stands in `finally`.
         trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
         status = "finished"
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit) as stop:
         status = "interrupted"
+        if isinstance(stop, SystemExit) and not stop.code:  # Lightning's at SIGTERM: a run cut short is no success
+            raise SystemExit(1) from stop
         raise
     finally:
         if trainer.is_global_zero:

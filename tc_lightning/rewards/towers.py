@@ -15,7 +15,7 @@ from tc_lightning.rewards.preprocess import tower_pixels
 from tc_lightning.rewards.shared import once
 
 TEXT_CACHE_SIZE = 4096  # prompts; 16 MB at width 1024
-TEXT_BATCH = 64
+TEXT_BATCH = 8  # always this many at once, see _encode
 
 _towers: "WeakValueDictionary[Hashable, CLIPTower]" = WeakValueDictionary()
 _lock = threading.Lock()
@@ -86,7 +86,7 @@ class CLIPTower(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             for start in range(0, len(new), TEXT_BATCH):
                 batch = new[start : start + TEXT_BATCH]
-                known.update(zip(batch, self._encode(batch).unbind(), strict=True))
+                known.update(zip(batch, self._encode(batch).unbind()[: len(batch)], strict=True))
             for prompt in dict.fromkeys(prompts):
                 self._cache[prompt] = known[prompt]
                 self._cache.move_to_end(prompt)
@@ -106,6 +106,9 @@ class CLIPTower(nn.Module):
         return tokens.input_ids.to(self.clip.device)
 
     def _encode(self, prompts: Sequence[str]) -> Tensor:
+        # Matrix products round differently for different numbers of rows. What is new depends on what was met before, so a
+        # resumed run would get embeddings, and then gradients, that differ in the last bit: the number is always the same.
+        prompts = [*prompts, *prompts[-1:] * (TEXT_BATCH - len(prompts))]
         # No attention mask: CLIP's attention is causal, so what follows the end token does not reach it.
         pooled = self.clip.text_model(input_ids=self.tokenize(prompts)).pooler_output
         return unit(self.clip.text_projection(pooled))
