@@ -17,7 +17,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import WandbLogger
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from tc_lightning.pixels import grid, to_uint8
@@ -34,7 +34,8 @@ class SampleGrid(Callback):
     """Images of the same held-out prompts and seeds at the start, every `every` steps and at the end.
 
     Written to <run folder>/samples/step_<n>.png, a row a prompt, and handed to loggers that take images. The last picture,
-    samples/before_after.png, shows the original beside the tuned model.
+    samples/before_after.png, shows the original beside the tuned model. Every process draws, the first one writes: a sharded
+    network answers only when all ask.
 
     Args:
         prompts: how many of the held-out prompts; of the dev or training prompts where there are none.
@@ -58,25 +59,24 @@ class SampleGrid(Callback):
         images = [module.sample([text for text, _ in some], [seed for _, seed in some], tuned) for some in _chunks(rows, 8)]
         return torch.cat(images).cpu().unflatten(0, (len(texts), self.seeds))
 
-    @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The first grid."""
         self._drawn = trainer.global_step
         self._save(trainer, pl_module)
 
-    @rank_zero_only
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """A grid every so many steps."""
         if self.every and trainer.global_step % self.every == 0 and trainer.global_step > self._drawn:
             self._drawn = trainer.global_step  # a step may take several batches
             self._save(trainer, pl_module)
 
-    @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The last grid, and before beside after."""
         drawn = trainer.global_step == self._drawn
         after = (self._draw if drawn else self._save)(trainer, pl_module)
         both = torch.cat([self._draw(trainer, pl_module, tuned=False), after], dim=1)
+        if not trainer.is_global_zero:
+            return
         labels = [f"{word} {k + 1}" for word in ("before", "after") for k in range(self.seeds)]
         picture = grid(both, row_labels=self._texts(trainer), column_labels=labels)
         picture.save(Path(trainer.default_root_dir) / "samples" / "before_after.png")
@@ -98,6 +98,8 @@ class SampleGrid(Callback):
 
     def _save(self, trainer: Trainer, module: LightningModule) -> Tensor:
         images = self._draw(trainer, module)
+        if not trainer.is_global_zero:
+            return images
         folder = Path(trainer.default_root_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         grid(images, row_labels=self._texts(trainer)).save(folder / f"step_{trainer.global_step:06d}.png")

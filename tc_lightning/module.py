@@ -111,9 +111,10 @@ class TextCraftor(LightningModule):
             held, terms = self.constraint(images, prompts) if self.constraint is not None else (0.0 * total, {})
         loss = -(total + held).mean()
         logged = {f"train/{name}": value.detach().mean() for name, value in (scores | terms).items()}
-        self.log_dict(logged, batch_size=len(prompts))
-        self.log("train/loss", loss.detach(), batch_size=len(prompts))
-        self.log("train/reward", total.detach().mean(), prog_bar=True, batch_size=len(prompts))
+        options = {"batch_size": len(prompts), "sync_dist": True}  # the mean over all processes
+        self.log_dict(logged, **options)
+        self.log("train/loss", loss.detach(), **options)
+        self.log("train/reward", total.detach().mean(), prog_bar=True, **options)
         return loss
 
     def on_train_start(self) -> None:

@@ -167,8 +167,14 @@ class PromptData(LightningDataModule):
         return DataLoader(rows, batch_sampler=sampler, num_workers=self.workers, collate_fn=_collate)
 
     def val_dataloader(self) -> DataLoader:
-        """Dev prompts, each with one fixed seed; ranks share them out."""
+        """Dev prompts, each with one fixed seed; ranks share them out.
+
+        Raises:
+            ValueError: more processes than dev prompts: one would wait for ever for the scores of the other.
+        """
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        if 0 < len(self.splits["dev"]) < world:
+            raise ValueError(f"{len(self.splits['dev'])} dev prompts for {world} processes: val.prompts at least {world}, or 0")
         rows = [(prompt, fixed_seed(index)) for index, prompt in enumerate(self.splits["dev"])]
         return DataLoader(rows[rank::world], batch_size=max(self.batch_size, 32), collate_fn=_collate)
 

@@ -14,11 +14,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.loggers import CSVLogger, Logger
+from pytorch_lightning.utilities import rank_zero_only
 
 from tc_lightning.backbone import Backbone, quiet_loading
 from tc_lightning.callbacks import CleanStop, checkpoints
 from tc_lightning.cli.record import git_commit
 from tc_lightning.prompts import PromptData
+from tc_lightning.ranks import RankWatch
 from tc_lightning.rewards.mix import RewardMix
 
 
@@ -109,7 +111,7 @@ def build_trainer(cfg: DictConfig, folder: Path, checkpoint: Path | None = None)
         max_steps=cfg.max_steps,
         default_root_dir=str(folder),
         logger=loggers or False,
-        callbacks=[*callbacks, *saving, CleanStop()],
+        callbacks=[*callbacks, *saving, CleanStop(), RankWatch()],
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         **validation,
@@ -120,7 +122,7 @@ def build_loggers(cfg: DictConfig, checkpoint: Path | None) -> list[Logger]:
     """The chosen loggers; in a resumed run Lightning's csv logger would begin a new file: the rows so far are put back."""
     loggers = [instantiate(value) for value in (cfg.get("logger") or {}).values()]
     for logger in loggers:
-        if checkpoint is not None and isinstance(logger, CSVLogger):
+        if checkpoint is not None and isinstance(logger, CSVLogger) and rank_zero_only.rank == 0:
             file = Path(logger.log_dir) / "metrics.csv"
             step = torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"]
             _keep_rows(logger, file, step) if file.is_file() else None
@@ -155,7 +157,11 @@ def quiet() -> None:
         "in eval mode at the start of training",
     ):
         warnings.filterwarnings("ignore", message=f".*{about}.*")
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    if rank_zero_only.rank:  # the first process says it for all
+        warnings.simplefilter("ignore")
+    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"pytorch_lightning.{name}").setLevel(logging.WARNING)
+    logging.getLogger("lightning_fabric.utilities.distributed").setLevel(logging.WARNING)
 
 
 def plain(value: Any) -> dict[str, Any]:

@@ -10,17 +10,20 @@ import sys
 from collections.abc import Iterator
 
 TRACE = "HYDRA_FULL_ERROR"
+OURS = "TC_LIGHTNING_SET_FULL_ERROR"  # told to child processes, which inherit the other one: the user did not ask for it
 
 
 @contextlib.contextmanager
 def raising_hydra() -> Iterator[bool]:
     """Hydra raises its errors instead of printing them; yields whether the user asked for whole tracebacks."""
-    asked = os.environ.get(TRACE) == "1"
-    os.environ[TRACE] = "1"
+    asked = os.environ.get(TRACE) == "1" and OURS not in os.environ
+    if not asked:
+        os.environ[TRACE] = os.environ[OURS] = "1"
     try:
         yield asked
     finally:
-        os.environ.pop(TRACE) if not asked else None
+        for name in () if asked else (TRACE, OURS):
+            os.environ.pop(name, None)
 
 
 @contextlib.contextmanager

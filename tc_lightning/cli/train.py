@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.utilities import rank_zero_only
 
 from tc_lightning.backbone import Backbone, save_model
 from tc_lightning.callbacks import BeforeAfter
 from tc_lightning.cli import build, record
 from tc_lightning.prompts import PromptData
+from tc_lightning.ranks import RankWatch, started_from_outside
 from tc_lightning.trainable import trainable_names
 
 
@@ -25,7 +28,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     build.check_numbers(cfg)
     folder = Path(HydraConfig.get().runtime.output_dir)
     checkpoint = _checkpoint(cfg.ckpt_path, folder)
-    record.refuse_overwrite(folder, checkpoint is not None)
+    _check_processes()
+    if rank_zero_only.rank == 0:
+        record.refuse_overwrite(folder, checkpoint is not None)
     backbone = build.build_backbone(cfg)
     data = build.build_data(cfg, backbone)
     module = build.build_method(cfg, backbone)
@@ -35,6 +40,17 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         record.write_record(folder, card)
         record.table("before", _summary(cfg, folder, module, data, trainer))
     return _fit(trainer, module, data, checkpoint, folder, card)
+
+
+def _check_processes() -> None:
+    """Processes that torchrun or SLURM starts each make up the folder's time of day.
+
+    Raises:
+        ValueError: several processes and no folder named.
+    """
+    given = HydraConfig.get()
+    if started_from_outside() and given.mode == RunMode.RUN and not any("hydra.run.dir=" in w for w in given.overrides.hydra):
+        raise ValueError("several processes need one run folder: name it with hydra.run.dir=<folder>")
 
 
 def _checkpoint(given: str | None, folder: Path) -> Path | None:
@@ -95,6 +111,8 @@ def _fit(
 ) -> dict[str, Any]:
     began = time.monotonic()
     status = "failed"
+    watch = next(callback for callback in trainer.callbacks if isinstance(callback, RankWatch))
+    watch.lost = lambda message: _say_lost(trainer, folder, card, message)
     try:
         # Lightning turns Ctrl-C into SystemExit(1): what must happen all the same stands in `finally`.
         trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
@@ -104,10 +122,24 @@ def _fit(
         if isinstance(stop, SystemExit) and not stop.code:  # Lightning's at SIGTERM: a run cut short is no success
             raise SystemExit(1) from stop
         raise
+    except Exception as error:
+        known = watch.explained(trainer, error) or error
+        card["error"] = str(known) or type(known).__name__
+        if known is error:
+            raise
+        raise known from error
     finally:
         if trainer.is_global_zero:
             _finish(trainer, module, folder, card, status, time.monotonic() - began)
     return card
+
+
+def _say_lost(trainer: Trainer, folder: Path, card: dict[str, Any], message: str) -> None:
+    """At once: this process may hang in a collective, and is then ended from a thread."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if trainer.is_global_zero:
+        record.write_record(folder, card | {"status": "failed", "error": message})
+        _say_resume(folder, "failed")
 
 
 def _finish(trainer: Trainer, module: LightningModule, folder: Path, card: dict[str, Any], status: str, seconds: float) -> None:
