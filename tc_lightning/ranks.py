@@ -52,6 +52,7 @@ class RankWatch(Callback):
         children = list(getattr(launcher, "procs", []))
         mine = not children and trainer.world_size > 1 and launcher is not None and not started_from_outside()
         if children or mine:
+            _dismiss_observer()
             threading.Thread(target=self._watch, args=(children, trainer.world_size), daemon=True, name="rank-watch").start()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -94,6 +95,13 @@ class RankWatch(Callback):
         if message is None and any(word in str(error) for word in LOST):
             message = f"process {trainer.global_rank} of {trainer.world_size} lost another process of this run: the run ends"
         return LostProcess(message) if message else None
+
+
+def _dismiss_observer() -> None:
+    # Lightning's own kills this process with SIGKILL before it can say or write anything: give it nothing to observe
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer" and hasattr(thread, "_child_processes"):
+            thread._child_processes = []
 
 
 def _orphaned(parent: int, world: int) -> str | None:
