@@ -14,6 +14,7 @@ from tc_lightning.backbone import Backbone
 from tc_lightning.chain import Chain
 from tc_lightning.conditioning import Conditioning, constant, guidance_pair, switch, tuned_from
 from tc_lightning.noise import gaussian
+from tc_lightning.prefix import PrefixCache, fingerprint, prefix_length
 from tc_lightning.rewards.base import BoundReward, Reward
 from tc_lightning.rewards.mix import RewardMix
 from tc_lightning.rewards.shared import shared_features
@@ -37,9 +38,11 @@ class TextCraftor(LightningModule):
         lr_scheduler: given the optimizer, stepped after every step of it; constant by default.
         steps, guidance_scale, timestep_spacing, keep_activations: of the chain.
         tuned_fraction: when sampling, the tuned text is used where t < 1000 * tuned_fraction (0.6 is the paper's).
+        prefix: keeps what the steps before the gradient give, or None to run them every time.
 
     Raises:
-        ValueError: a reward without gradient, nothing to learn, or more gradient steps than steps.
+        ValueError: a reward without gradient, nothing to learn, more gradient steps than steps, or a prefix cache where the steps
+            before the gradient change while the run learns.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class TextCraftor(LightningModule):
         timestep_spacing: str = "trailing",
         keep_activations: str | int = "none",
         tuned_fraction: float = 0.6,
+        prefix: PrefixCache | None = None,
     ) -> None:
         super().__init__()
         if set(backbone.modes.values()) == {"frozen"}:
@@ -77,6 +81,9 @@ class TextCraftor(LightningModule):
         for mix in (self.reward, self.constraint):
             if mix is not None:
                 mix.require_differentiable()
+        self.prefix = prefix
+        if prefix is not None:
+            prefix_length(self.first_gradient_step, self.first_gradient_step, backbone.modes["unet"])
         if not trainable_names(self):
             raise ValueError("nothing learns: tune.text_encoder and tune.unet are both frozen")
         self.strict_loading = False
@@ -84,17 +91,41 @@ class TextCraftor(LightningModule):
     def training_step(self, batch: dict[str, list], batch_index: int) -> Tensor:
         """One step of Algorithm 1 on a batch {"prompts": [B], "seeds": [B]}; returns the loss."""
         prompts = batch["prompts"]
-        x = gaussian(batch["seeds"], self.backbone.latent_shape).to(self.device)
         schedule = at_step(self.schedule, self.global_step, batch["seeds"])
-        latents = schedule(self.chain, x, self.condition(prompts))
+        x, start = self.enter(prompts, batch["seeds"])
+        latents = schedule(self.chain, x, self.condition(prompts, start=start), start)
         images = self.backbone.decode(latents)
         return self.objective(images, prompts * (len(images) // len(prompts)))  # LowVariance gives several images a prompt
 
-    def condition(self, prompts: Sequence[str], first_tuned_step: int | None = None) -> Conditioning:
-        """The original text before `first_tuned_step` and the tuned text from it on; null embeddings likewise."""
+    def enter(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, int]:
+        """Latents [B, C, h, w] and the step they enter: noise and 0, or what the prefix cache keeps and the first gradient step."""
+        if self.prefix is None:
+            return gaussian(seeds, self.backbone.latent_shape).to(self.device), 0
+        self.open_prefix()
+        latents = self.prefix.latents(prompts, seeds, self.run_prefix).to(self.device)
+        self.log("perf/prefix_hits", self.prefix.hit_rate, batch_size=len(prompts))
+        return latents, self.first_gradient_step
+
+    def open_prefix(self) -> None:
+        """Find this run's records, on the device and in the precision that it runs in; once."""
+        if self.prefix.store is None:
+            fields = fingerprint(self.backbone, self.original, self.chain, self.first_gradient_step)
+            self.prefix.open(fields, self.backbone.latent_shape)
+
+    @torch.no_grad()
+    def run_prefix(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """Latents [B, C, h, w] after the steps before the gradient, on the original text."""
+        x = gaussian(seeds, self.backbone.latent_shape).to(self.device)
+        return self.chain.run(x, constant(self._pair(prompts, self.original)), 0, self.first_gradient_step)
+
+    def condition(self, prompts: Sequence[str], first_tuned_step: int | None = None, start: int = 0) -> Conditioning:
+        """The original text before `first_tuned_step` and the tuned text from it on; null embeddings likewise.
+
+        Of a chain that begins at `start` the text that it does not meet is not computed.
+        """
         first = self.first_gradient_step if first_tuned_step is None else first_tuned_step
         tuned = self._pair(prompts, self.backbone.text_encoder)
-        if self.original is None or first == 0:
+        if self.original is None or first <= start:
             return constant(tuned)
         with torch.no_grad():
             original = self._pair(prompts, self.original)

@@ -166,6 +166,12 @@ class PromptData(LightningDataModule):
         rows = _Rows(self.splits["train"], self.seed, self.seeds_per_prompt)
         return DataLoader(rows, batch_sampler=sampler, num_workers=self.workers, collate_fn=_collate)
 
+    def batches(self, rank: int, world: int, total: int) -> Iterator[dict[str, list]]:
+        """The first `total` training batches of a rank, as train_dataloader gives them."""
+        rows = _Rows(self.splits["train"], self.seed, self.seeds_per_prompt)
+        for keys in EpochBatches(self, rank, world, total=total):
+            yield _collate([rows[key] for key in keys])
+
     def val_dataloader(self) -> DataLoader:
         """Dev prompts, each with one fixed seed; ranks share them out.
 

@@ -14,6 +14,7 @@ VERBS = {
     "generate": "make images of prompts",
     "mix": "interpolate and mix tuned text encoders",
     "export": "write a tuned model for other tools",
+    "prefix": "fill the cache of the steps before the gradient ahead of time",
     "pretrain": "make the embedded model again from nothing",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import logging
 import warnings
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.loggers import CSVLogger, Logger
@@ -19,6 +20,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from tc_lightning.backbone import Backbone, quiet_loading
 from tc_lightning.callbacks import CleanStop, checkpoints
 from tc_lightning.cli.record import git_commit
+from tc_lightning.prefix import PrefixCache
 from tc_lightning.prompts import PromptData
 from tc_lightning.ranks import RankWatch
 from tc_lightning.rewards.mix import RewardMix
@@ -78,6 +80,7 @@ def build_method(cfg: DictConfig, backbone: Backbone) -> LightningModule:
     if reward is None:
         raise ValueError("no reward: reward=[...] takes one or more names, `train --help` lists them")
     constraint = instantiate(cfg.constraint.constraint) if cfg.get("constraint") else None
+    prefix = build_prefix(cfg)
     # a partial first: Hydra would turn a schedule, being a dataclass, into a config
     return instantiate(cfg.method, _partial_=True)(
         backbone=backbone,
@@ -87,7 +90,25 @@ def build_method(cfg: DictConfig, backbone: Backbone) -> LightningModule:
         schedule=instantiate(cfg.schedule),
         optimizer=instantiate(cfg.optimizer),
         lr_scheduler=instantiate(cfg.lr_scheduler) if cfg.get("lr_scheduler") else None,
+        **({"prefix": prefix} if prefix is not None else {}),
     )
+
+
+def build_prefix(cfg: DictConfig) -> PrefixCache | None:
+    """What keeps the steps before the gradient, None where cache.dir names no folder.
+
+    Raises:
+        ValueError: the method has no steps that stay the same.
+    """
+    if cfg.cache.dir is None:
+        return None
+    method = get_class(cfg.method._target_)
+    if "prefix" not in inspect.signature(method).parameters:
+        raise ValueError(
+            f"cache.dir keeps steps that do not change while the run learns, and {method.__name__} has none: it samples with the "
+            "weights of the moment. cache.dir=null"
+        )
+    return PrefixCache(**cfg.cache)
 
 
 def build_data(cfg: DictConfig, backbone: Backbone) -> PromptData:

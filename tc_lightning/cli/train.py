@@ -84,6 +84,7 @@ def _summary(cfg: DictConfig, folder: Path, module: LightningModule, data: Promp
     constraint = module.constraint.rewards["constraint"] if module.constraint else None
     kind = cfg.constraint.constraint._target_.rsplit(".", 1)[-1] if constraint else ""
     gradient = cfg.chain.steps - module.first_gradient_step
+    kept = {"prefix": f"{module.first_gradient_step} steps read from {cfg.cache.dir} where kept"} if cfg.cache.dir else {}
     return {
         "learns": f"text_encoder {cfg.tune.text_encoder}, unet {cfg.tune.unet}: {count:,} parameters in {len(names)} tensors",
         "rewards": rewards,
@@ -91,6 +92,7 @@ def _summary(cfg: DictConfig, folder: Path, module: LightningModule, data: Promp
         "steps": f"{cfg.max_steps} of batch {data.batch_size} x {trainer.world_size} = {_samples(cfg, data, trainer):,} samples",
         "chain": f"{cfg.chain.steps} DDIM steps at guidance {cfg.chain.guidance_scale:g}, gradient through {gradient}",
         "UNet calls": f"{calls} a sample ({2 * gradient if calls > cfg.chain.steps else gradient} with gradient)",
+        **kept,
         "prompts": ", ".join(f"{len(texts)} {name}" for name, texts in data.splits.items()),
         "device": str(trainer.strategy.root_device),
         "run folder": str(folder),
@@ -152,6 +154,8 @@ def _finish(trainer: Trainer, module: LightningModule, folder: Path, card: dict[
         export_tuned(module.backbone, folder)
         if scores and scores.scores.rows:
             scores.scores.save(folder / "scores.csv")
+    if getattr(module, "prefix", None) is not None:
+        card["prefix"] = module.prefix.record()
     record.write_record(folder, card)
     if status == "finished":
         _say_result(folder, scores)
