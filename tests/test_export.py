@@ -2,7 +2,11 @@
 
 import hashlib
 import json
+import os
 import resource
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,13 +15,16 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, con
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 from tuned_runs import CHAIN, make_run
 
 import tc_lightning as tc
 from tc_lightning import single_file
 from tc_lightning.backbone import ARCHITECTURES, TINY, Backbone, save_model
+from tc_lightning.cli import main
 from tc_lightning.export import ExportError, Source, export, upload
+from tc_lightning.pixels import load_png
 
 PROMPT = ["a red circle on the left"]
 # sha256 of the sorted lines "name [shape]" of the published v1-5-pruned-emaonly file's three parts: 686, 248 and 197 tensors.
@@ -136,6 +143,23 @@ class TestDiffusers:
         export(Source.load(full), tmp_path / "out")
         pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "out")
         assert torch.equal(pipeline_picture(pipe), pipeline_picture(pipeline_of(Backbone.load(full))))
+
+    def test_as_a_run_it_keeps_its_window(self, full, tmp_path, monkeypatch):
+        """An export named as run= samples as the run does: its chain, and the original text encoder outside the window."""
+        export(Source.load(full), tmp_path / "out")
+        monkeypatch.chdir(tmp_path)
+        for number, source in enumerate((full, tmp_path / "out")):
+            words = ["generate", f"run={source}", "text=[a red circle on the left]", "seeds=[3]", f"hydra.run.dir={number}"]
+            monkeypatch.setattr(sys, "argv", ["tc_lightning", *words])
+            main()
+        ours, theirs = (load_png(tmp_path / str(number) / "images" / "0000_3.png") for number in (0, 1))
+        assert torch.equal(ours, theirs)
+        tuned = Backbone.load(full)
+        assert not torch.equal(ours, (picture(tuned)[0] * 255).round() / 255), "the window makes a difference here"
+        assert Backbone.load(tmp_path / "out").base_record is not None and Backbone.load("tiny").base_record is None
+        again = Source.load(tmp_path / "out")
+        assert again.run["tuned_fraction"] == 0.6 and again.base == "tiny"
+        assert torch.equal(tuned.encode(PROMPT, again.original), Backbone.load("tiny").encode(PROMPT))
 
     def test_the_text_encoder_alone(self, full, tmp_path):
         export(Source.load(full), tmp_path / "te", part="text_encoder")
@@ -312,6 +336,34 @@ class TestOldExportStaysWhole:
         assert torch.equal(picture(Backbone.load(tmp_path / out, **options)), picture(Backbone.load(full)))
         assert [path.name for path in tmp_path.iterdir()] == [out]
 
+    def test_killed_between_the_renames(self, full, lora, tmp_path):
+        """The old export stands aside and the new one has not its name yet: the next export puts the old one back."""
+        export(Source.load(full), tmp_path / "out")
+        dead = subprocess.Popen([sys.executable, "-c", ""])
+        dead.wait()
+        os.replace(tmp_path / "out", tmp_path / f".old-{dead.pid}-out")
+        (tmp_path / f".part-{dead.pid}-out").mkdir()
+        (tmp_path / f".part-{os.getpid()}-other").mkdir()
+        with pytest.raises(ExportError, match="lora_rank"):
+            export(Source.load(full), tmp_path / "out", to="lora")
+        assert torch.equal(picture(Backbone.load(tmp_path / "out")), picture(Backbone.load(full)))
+        assert {path.name for path in tmp_path.iterdir()} == {"out", f".part-{os.getpid()}-other"}, "of others nothing is touched"
+
+    def test_killed_while_it_writes(self, full, tmp_path):
+        """SIGKILL in the middle: the old export is whole, and the next one leaves nothing of the killed one."""
+        export(Source.load(full), tmp_path / "out.safetensors", to="single_file")
+        before = (tmp_path / "out.safetensors").read_bytes()
+        code = (
+            "import os, signal, sys; from tc_lightning import pipeline_files; from tc_lightning.export import Source, export\n"
+            "pipeline_files.read_file = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "export(Source.load(sys.argv[1]), sys.argv[2], to='single_file')"
+        )
+        done = subprocess.run([sys.executable, "-c", code, str(full), str(tmp_path / "out.safetensors")])
+        assert done.returncode == -signal.SIGKILL
+        assert len(list(tmp_path.iterdir())) == 2 and (tmp_path / "out.safetensors").read_bytes() == before
+        export(Source.load(full), tmp_path / "out.safetensors", to="single_file", dtype="fp16")
+        assert [path.name for path in tmp_path.iterdir()] == ["out.safetensors"]
+
     def test_other_images_are_not_kept(self, full, tmp_path, monkeypatch):
         """A writer that loses a weight is found out by the comparison."""
         export(Source.load(full), tmp_path / "out.safetensors", to="single_file")
@@ -348,10 +400,6 @@ def test_settings_that_do_not_exist(options, message, full, tmp_path):
 
 @pytest.mark.full
 def test_the_verb(full, tmp_path, monkeypatch, capsys):
-    import sys
-
-    from tc_lightning.cli import main
-
     monkeypatch.chdir(tmp_path)
     command = ["export", f"run={full}", "to=single_file", "dtype=fp16", f"out={tmp_path / 'mine.safetensors'}"]
     monkeypatch.setattr(sys, "argv", ["tc_lightning", *command])
@@ -361,12 +409,28 @@ def test_the_verb(full, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "mine.safetensors").is_file()
 
 
+class AsInTransformers4(nn.Module):
+    """The names that transformers 4 looks for: the text model is one level deeper."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.text_model = CLIPTextModel(config)
+
+
 def test_the_silent_trap(tmp_path):
-    """transformers 5 saves a text encoder without `text_model.`, which transformers 4 does not find; ours has it."""
-    encoder = Backbone.load("tiny").text_encoder
+    """transformers 5 saves an encoder that was built, not loaded, under names that transformers 4 does not know.
+
+    Its `from_pretrained` then keeps the random weights and only logs that. tests/test_export_old_libraries.py shows it there.
+    """
+    config = Backbone.load("tiny").text_encoder.config
+    encoder = CLIPTextModel(config)
     encoder.save_pretrained(tmp_path / "plain")
     save_model(encoder, tmp_path / "ours")
     plain, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "ours"))
-    assert all(key.startswith("text_model.") for key in ours)
-    if not any(key.startswith("text_model.") for key in plain):
-        assert set(plain) == {key.removeprefix("text_model.") for key in ours}
+    there = AsInTransformers4(config)
+    untouched = {key: value.clone() for key, value in there.state_dict().items()}
+    report = there.load_state_dict(plain, strict=False)
+    assert set(report.missing_keys) == set(untouched) and set(report.unexpected_keys) == set(plain)
+    assert all(torch.equal(value, untouched[key]) for key, value in there.state_dict().items()), "random as before"
+    there.load_state_dict(ours)
+    assert all(torch.equal(value, encoder.state_dict()[key]) for key, value in there.text_model.state_dict().items())

@@ -16,10 +16,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from tc_lightning.backbone import Backbone
+from tc_lightning.backbone import ORIGINAL, Backbone, located
 from tc_lightning.cli import build, record
 from tc_lightning.cli.generate import _device, trained_settings
 from tc_lightning.evaluate import Evaluation, write_report
+from tc_lightning.model_card import record_of
 from tc_lightning.report import Scores
 from tc_lightning.rewards.mix import RewardMix
 from tc_lightning.sampling import Sampler
@@ -89,7 +90,8 @@ def _models(cfg: DictConfig) -> dict[str, Callable[[], Sampler]]:
 
 
 def _is_run(source: str) -> bool:
-    return (Path(source) / "run.json").is_file()
+    """Whether it knows what it was tuned from: a run folder, or an export that carries the original text encoder."""
+    return (located(source) / "run.json").is_file() or (located(source) / ORIGINAL).is_dir()
 
 
 def _loader(source: str, first: str | None, cfg: DictConfig) -> Callable[[], Sampler]:
@@ -98,9 +100,10 @@ def _loader(source: str, first: str | None, cfg: DictConfig) -> Callable[[], Sam
         backbone = Backbone.load(first if source == "base" else source)
         settings = trained_settings(first if source == "base" else source, backbone)
         original = None
-        if source == "base" or _is_run(source):
-            base = Backbone.load(**{key: value for key, value in backbone.source.items() if key != "run"})
-            backbone, original = (base, None) if source == "base" else (backbone, base.text_encoder.to(device))
+        if source == "base":
+            backbone = Backbone.load(**backbone.base_record)
+        elif backbone.base_record is not None:
+            original = backbone.original_text_encoder().to(device)
         chain = {name: settings[name] if cfg.chain[name] is None else cfg.chain[name] for name in CHAIN}
         fraction = settings["tuned_fraction"] if cfg.tuned_fraction is None else cfg.tuned_fraction
         fraction = fraction if original is not None else 1.0
@@ -162,7 +165,7 @@ def _trained_on(cfg: DictConfig, names: list[str]) -> dict[str, list[str]]:
     for name, source in zip(names, _sources(cfg), strict=True):
         if not _is_run(source):
             continue
-        config = json.loads((Path(source) / "run.json").read_text(encoding="utf-8")).get("config", {})
+        config = record_of(located(source)).get("config", {})
         held = (config.get("constraint") or {}).get("constraint") or {}
         constraint = [held["_target_"].rsplit(".", 1)[-1]] if "_target_" in held else []
         found[name] = [*(config.get("reward") or {}), *constraint]

@@ -11,8 +11,9 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig
 
-from tc_lightning.backbone import Backbone
+from tc_lightning.backbone import Backbone, located
 from tc_lightning.cli import build, record
+from tc_lightning.model_card import record_of
 from tc_lightning.pixels import grid, save_png
 from tc_lightning.prompts import read_prompts
 from tc_lightning.sampling import generate
@@ -65,21 +66,24 @@ def _images(source: str, prompts: Sequence[str], seeds: Sequence[int], cfg: Dict
     chain = {name: cfg.chain[name] if cfg.chain[name] is not None else trained[name] for name in STABLE_DIFFUSION}
     fraction = cfg.tuned_fraction if cfg.tuned_fraction is not None else trained["tuned_fraction"]
     original = None
-    if fraction < 1:
-        # a run's record names its base: the steps before the tuned window use the base's text encoder
-        base = {key: value for key, value in backbone.source.items() if key != "run"}
-        original = Backbone.load(**base).text_encoder.to(_device(cfg.device))
+    if fraction < 1:  # the steps before the tuned window use the text encoder of the run's base
+        original = (backbone.original_text_encoder() or backbone.text_encoder).to(_device(cfg.device))
     backbone.to(_device(cfg.device))
     return generate(backbone, prompts, seeds, tuned_fraction=fraction, original=original, batch_size=cfg.batch_size, **chain)
 
 
 def trained_settings(source: str, backbone: Backbone) -> dict[str, Any]:
-    """Chain and tuned fraction that a run was trained with; for other models their usual ones, tuned throughout."""
-    file = Path(source) / "run.json"
-    if file.is_file():
-        card = json.loads(file.read_text())
-        return {**card["config"]["chain"], "tuned_fraction": card["tuned_fraction"]}
-    return {**(SAMPLING if backbone.source["source"] == "tiny" else STABLE_DIFFUSION), "tuned_fraction": 1.0}
+    """Chain and tuned fraction that a run was trained with, or what was exported of it; for other models their usual ones.
+
+    A model that comes without the text encoder before tuning (a single file) is taken as tuned throughout.
+    """
+    usual = {**(SAMPLING if backbone.source["source"] == "tiny" else STABLE_DIFFUSION), "tuned_fraction": 1.0}
+    card = record_of(located(source))
+    found = {**usual, **((card.get("config") or {}).get("chain") or {}), "tuned_fraction": card.get("tuned_fraction", 1.0)}
+    if found["tuned_fraction"] < 1 and backbone.base_record is None:
+        record.console.print(f"{source} comes without its original text encoder: the tuned one serves every step")
+        found["tuned_fraction"] = 1.0
+    return found
 
 
 def _device(name: str) -> str:

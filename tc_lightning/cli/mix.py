@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig
 from torch import nn
 
-from tc_lightning.backbone import Backbone, save_model
+from tc_lightning.backbone import Backbone, located, save_model
 from tc_lightning.cli import build, record
 from tc_lightning.cli.generate import STABLE_DIFFUSION, _device, _prompts, trained_settings
 from tc_lightning.mixing import PRESETS, Mixture, merge, mix, strip
@@ -49,7 +49,7 @@ def run(cfg: DictConfig) -> list[Path]:
 
 
 def _names(cfg: DictConfig, runs: list[str]) -> list[str]:
-    names = [str(name) for name in cfg.names] if cfg.names is not None else [Path(run).stem for run in runs]
+    names = [str(name) for name in cfg.names] if cfg.names is not None else [located(run).stem for run in runs]
     if len(names) != len(runs):
         raise ValueError(f"{len(names)} names for {len(runs)} text encoders: names= takes one each of run=")
     return [name if names.count(name) == 1 else f"{name}_{index + 1}" for index, name in enumerate(names)]
@@ -91,11 +91,14 @@ def load_tuned(
     original = Backbone.load(base) if base else None
     tuned, settings = {}, None
     for run, name in zip(runs, names, strict=True):
-        if (Path(run) / "unet").is_dir() and (Path(run) / "run.json").is_file() or (Path(run) / "lora" / "unet").is_dir():
+        folder = located(run)
+        if (folder / "unet").is_dir() and (folder / "run.json").is_file() or (folder / "lora" / "unet").is_dir():
             raise ValueError(f"{run} tuned its UNet too, and a mixture is of text encoders: name its folder {run}/text_encoder")
         if original is None:
-            whole = Backbone.load(run)
-            original = Backbone.load(**{key: value for key, value in whole.source.items() if key != "run"})
+            record_of_base = Backbone.load(run).base_record
+            if record_of_base is None:
+                raise ValueError(f"{run} does not say which model it was tuned from: base=<that model>")
+            original = Backbone.load(**record_of_base)
         settings = settings or trained_settings(run, original)
         original_encoder = original.text_encoder
         original.replace("text_encoder", run)
