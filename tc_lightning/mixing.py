@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tc_lightning import conditioning
-from tc_lightning.backbone import Backbone
+from tc_lightning.backbone import Backbone, save_model
 from tc_lightning.pixels import grid
 from tc_lightning.sampling import generate
 
@@ -194,6 +196,24 @@ def mix(
 def with_text_encoder(backbone: Backbone, text_encoder: nn.Module) -> Backbone:
     """The same model with another text encoder; the other parts are shared, not copied, and frozen."""
     return Backbone(backbone.tokenizer, text_encoder, backbone.vae, backbone.unet, backbone.noise_scheduler, dict(backbone.source))
+
+
+def save_mixture(
+    folder: str | Path, backbone: Backbone, tuned: Mapping[str, nn.Module], mixture: Mixture, record: Mapping[str, Any]
+) -> Path:
+    """Write a mixture in weight space as a folder that is a run to every verb: text_encoder/, then run.json.
+
+    Args:
+        backbone: the original model, named in the record as the base.
+        record: what else run.json is to say (tuned_fraction, config with the chain).
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(merge([backbone.text_encoder, *tuned.values()], mixture.weights), folder / "text_encoder")
+    mixtures = [dict(zip(mixture.names, mixture.weights, strict=True))]
+    card = {**record, "verb": "mix", "status": "finished", "space": "weights", "mixtures": mixtures, "backbone": backbone.source}
+    (folder / "run.json").write_text(json.dumps(card, indent=1, default=str) + "\n", encoding="utf-8")
+    return folder
 
 
 def strip(images: Tensor, mixtures: Sequence[Mixture], row_labels: Sequence[str] | None = None) -> Image.Image:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ class Sampler:
         tuned_fraction: the tuned text is used where t < 1000 * tuned_fraction, the original before (0.6 in the paper).
         original: the text encoder before tuning; needed for a tuned_fraction below 1.
         scheduler: one of SCHEDULERS; ddim is our own chain, the others are diffusers' with the model's noise levels.
+        on_step: told the index of each step before it runs (a progress bar).
 
     Raises:
         ValueError: an unknown scheduler, a tuned_fraction outside [0, 1], or below 1 without `original`.
@@ -53,6 +54,7 @@ class Sampler:
     tuned_fraction: float = 1.0
     original: nn.Module | None = None
     scheduler: str = "ddim"
+    on_step: Callable[[int], None] | None = None
 
     def __post_init__(self) -> None:
         if self.scheduler not in SCHEDULERS:
@@ -67,12 +69,23 @@ class Sampler:
         if self.scheduler == "ddim":
             chain = self.chain()
             first = tuned_from(chain.timesteps, self.tuned_fraction, chain.num_train_timesteps)
-            return sample(self.backbone, chain, self.condition(prompts, first), seeds).cpu()
+            return sample(self.backbone, chain, self._told(self.condition(prompts, first)), seeds).cpu()
         scheduler = noise_scheduler(self.scheduler, self.backbone.noise_scheduler, self.timestep_spacing)
         scheduler.set_timesteps(self.steps)
         first = tuned_from(scheduler.timesteps.tolist(), self.tuned_fraction, scheduler.config.num_train_timesteps)
-        latents = denoise(self.backbone, scheduler, self.condition(prompts, first), seeds, self.guidance_scale)
+        latents = denoise(self.backbone, scheduler, self._told(self.condition(prompts, first)), seeds, self.guidance_scale)
         return self.backbone.decode(latents).cpu()
+
+    def _told(self, conditioning: Conditioning) -> Conditioning:
+        """The same conditioning; `on_step` hears of each step that asks it."""
+        if self.on_step is None:
+            return conditioning
+
+        def told(step: int) -> dict[str, Any]:
+            self.on_step(step)
+            return conditioning(step)
+
+        return told
 
     def chain(self) -> Chain:
         """The DDIM chain with these settings."""

@@ -15,6 +15,8 @@ VERBS = {
     "mix": "interpolate and mix tuned text encoders",
     "export": "write a tuned model for other tools",
     "prefix": "fill the cache of the steps before the gradient ahead of time",
+    "app": "the mixing page, on this machine",
+    "rate": "blind human comparison of models",
     "pretrain": "make the embedded model again from nothing",
 }
 

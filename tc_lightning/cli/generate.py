@@ -65,25 +65,20 @@ def _images(source: str, prompts: Sequence[str], seeds: Sequence[int], cfg: Dict
     trained = trained_settings(source, backbone)
     chain = {name: cfg.chain[name] if cfg.chain[name] is not None else trained[name] for name in STABLE_DIFFUSION}
     fraction = cfg.tuned_fraction if cfg.tuned_fraction is not None else trained["tuned_fraction"]
-    original = None
-    if fraction < 1:  # the steps before the tuned window use the text encoder of the run's base
-        original = (backbone.original_text_encoder() or backbone.text_encoder).to(_device(cfg.device))
+    original = backbone.original_text_encoder() if fraction < 1 else None  # it serves the steps before the tuned window
+    if fraction < 1 and original is None:
+        record.console.print(f"{source} comes without the text encoder before tuning: its own one serves every step", markup=False)
+        fraction = 1.0
+    original = original.to(_device(cfg.device)) if original is not None else None
     backbone.to(_device(cfg.device))
     return generate(backbone, prompts, seeds, tuned_fraction=fraction, original=original, batch_size=cfg.batch_size, **chain)
 
 
 def trained_settings(source: str, backbone: Backbone) -> dict[str, Any]:
-    """Chain and tuned fraction that a run was trained with, or what was exported of it; for other models their usual ones.
-
-    A model that comes without the text encoder before tuning (a single file) is taken as tuned throughout.
-    """
+    """Chain and tuned fraction that a run was trained with, or that its export names; for others their usual ones."""
     usual = {**(SAMPLING if backbone.source["source"] == "tiny" else STABLE_DIFFUSION), "tuned_fraction": 1.0}
     card = record_of(located(source))
-    found = {**usual, **((card.get("config") or {}).get("chain") or {}), "tuned_fraction": card.get("tuned_fraction", 1.0)}
-    if found["tuned_fraction"] < 1 and backbone.base_record is None:
-        record.console.print(f"{source} comes without its original text encoder: the tuned one serves every step")
-        found["tuned_fraction"] = 1.0
-    return found
+    return {**usual, **((card.get("config") or {}).get("chain") or {}), "tuned_fraction": card.get("tuned_fraction", 1.0)}
 
 
 def _device(name: str) -> str:

@@ -10,10 +10,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig
 from torch import nn
 
-from tc_lightning.backbone import Backbone, located, save_model
+from tc_lightning.backbone import Backbone, located
 from tc_lightning.cli import build, record
 from tc_lightning.cli.generate import STABLE_DIFFUSION, _device, _prompts, trained_settings
-from tc_lightning.mixing import PRESETS, Mixture, merge, mix, strip
+from tc_lightning.mixing import PRESETS, Mixture, mix, save_mixture, strip
 from tc_lightning.pixels import save_png
 
 
@@ -40,7 +40,9 @@ def run(cfg: DictConfig) -> list[Path]:
     record.write_record(folder, card)
     record.console.print(f"{len(paths)} images of {len(mixtures)} mixtures in {folder}\npicture     {folder / 'strip.png'}")
     if cfg.save is not None:
-        _save(Path(cfg.save), base, tuned, mixtures[0], card)
+        folder = save_mixture(cfg.save, base, tuned, mixtures[0], card)
+        record.console.print(f"encoder     {folder} ({mixtures[0].label})")
+        record.console.print(f"next        python -m tc_lightning export run={folder} to=single_file out=mixed.safetensors")
     else:
         record.console.print(
             "next        the same with space=weights weights='[...]' save=<folder>: one text encoder", markup=False
@@ -122,13 +124,3 @@ def _card(cfg: DictConfig, runs: list[str], prompts: list[str], seeds: list[int]
         "git": record.git_commit(),
         "versions": record.versions(),
     }
-
-
-def _save(folder: Path, base: Backbone, tuned: dict[str, nn.Module], mixture: Mixture, card: dict) -> None:
-    """A folder that is a run to every verb: text_encoder/ and run.json with what it is a mixture of."""
-    encoders = [base.text_encoder, *tuned.values()]
-    folder.mkdir(parents=True, exist_ok=True)
-    save_model(merge(encoders, mixture.weights), folder / "text_encoder")
-    record.write_record(folder, {**card, "backbone": base.source})
-    record.console.print(f"encoder     {folder} ({mixture.label})")
-    record.console.print(f"next        python -m tc_lightning export run={folder} to=single_file out=mixed.safetensors")

@@ -18,12 +18,13 @@ GATES = (
 def pretrain(shop: Workshop) -> dict[str, dict[str, float]]:
     """Run the stages that are not done yet, in order; returns every stage's figures.
 
-    The folder becomes a diffusers folder (tokenizer, text_encoder, vae, unet, scheduler) with clip/, preference/ and
-    aesthetic.pth beside it.
+    The folder becomes a diffusers folder (tokenizer, text_encoder, vae, unet, scheduler) with clip/, preference/,
+    aesthetic.pth and tuned/ beside it.
     """
     from tc_lightning.pretrain.aesthetic import train_aesthetic
     from tc_lightning.pretrain.clip import train_clip
     from tc_lightning.pretrain.preference import train_preference
+    from tc_lightning.pretrain.tuned import train_tuned
     from tc_lightning.pretrain.unet import train_unet
     from tc_lightning.pretrain.vae import train_decoder, train_vae
     from tc_lightning.tiny.model import make_tokenizer, write_index
@@ -37,6 +38,7 @@ def pretrain(shop: Workshop) -> dict[str, dict[str, float]]:
         "unet": lambda shop: train_unet(shop, tokenizer),
         "preference": lambda shop: train_preference(shop, tokenizer),
         "aesthetic": train_aesthetic,
+        "tuned": train_tuned,
     }
     for name, train in stages.items():
         if not shop.done(name):
