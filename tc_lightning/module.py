@@ -87,6 +87,7 @@ class TextCraftor(LightningModule):
         if not trainable_names(self):
             raise ValueError("nothing learns: tune.text_encoder and tune.unet are both frozen")
         self.strict_loading = False
+        self.on_nonfinite: Callable[[FloatingPointError], None] | None = None  # set by a Guard
 
     def training_step(self, batch: dict[str, list], batch_index: int) -> Tensor:
         """One step of Algorithm 1 on a batch {"prompts": [B], "seeds": [B]}; returns the loss."""
@@ -137,9 +138,18 @@ class TextCraftor(LightningModule):
 
     def objective(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Loss = -sum_i w_i R_i - w_c C, averaged over the batch (Eq. 7); every term is logged by name."""
-        with shared_features():  # a constraint that stands on a reward's CLIP does not run it again
-            total, scores = self.reward(images, prompts)
-            held, terms = self.constraint(images, prompts) if self.constraint is not None else (0.0 * total, {})
+        try:
+            with shared_features():  # a constraint that stands on a reward's CLIP does not run it again
+                total, scores = self.reward(images, prompts)
+                held, terms = self.constraint(images, prompts) if self.constraint is not None else (0.0 * total, {})
+        except FloatingPointError as error:
+            if self.on_nonfinite is None:
+                raise
+            self.on_nonfinite(error)
+            # not-a-number in every process' gradient, and the same names to log: all of them skip this step together
+            total = held = images.flatten(1).sum(1) * float("nan")
+            mixes = [mix for mix in (self.reward, self.constraint) if mix is not None]
+            scores, terms = {name: total for mix in mixes for name in mix.rewards}, {}
         loss = -(total + held).mean()
         logged = {f"train/{name}": value.detach().mean() for name, value in (scores | terms).items()}
         options = {"batch_size": len(prompts), "sync_dist": True}  # the mean over all processes
@@ -159,7 +169,8 @@ class TextCraftor(LightningModule):
         """Log the gradient's norm before clipping, and the learning rate."""
         self.log("train/lr", float(optimizer.param_groups[0]["lr"]))
         norms = [parameter.grad.norm() for parameter in self.parameters() if parameter.grad is not None]
-        self.log("train/grad_norm", torch.stack(norms).norm())
+        if norms:  # none in a step that a Guard skips
+            self.log("train/grad_norm", torch.stack(norms).norm())
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:

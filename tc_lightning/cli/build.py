@@ -19,7 +19,9 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from tc_lightning.backbone import Backbone, quiet_loading
 from tc_lightning.callbacks import CleanStop, checkpoints
+from tc_lightning.checkpoint_io import VerifiedCheckpointIO, read_checkpoint
 from tc_lightning.cli.record import git_commit
+from tc_lightning.guard import Guard
 from tc_lightning.prefix import PrefixCache
 from tc_lightning.prompts import PromptData
 from tc_lightning.ranks import RankWatch
@@ -53,6 +55,7 @@ NUMBERS = {
     "chain.guidance_scale": 0,
     "tuned_fraction": 0,
     "optimizer.lr": 0,
+    "guard.nonfinite_steps": 1,
 }
 
 
@@ -132,7 +135,8 @@ def build_trainer(cfg: DictConfig, folder: Path, checkpoint: Path | None = None)
         max_steps=cfg.max_steps,
         default_root_dir=str(folder),
         logger=loggers or False,
-        callbacks=[*callbacks, *saving, CleanStop(), RankWatch()],
+        callbacks=[*callbacks, Guard(cfg.guard.nonfinite_steps), *saving, CleanStop(), RankWatch()],
+        plugins=[VerifiedCheckpointIO()],
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         **validation,
@@ -145,7 +149,7 @@ def build_loggers(cfg: DictConfig, checkpoint: Path | None) -> list[Logger]:
     for logger in loggers:
         if checkpoint is not None and isinstance(logger, CSVLogger) and rank_zero_only.rank == 0:
             file = Path(logger.log_dir) / "metrics.csv"
-            step = torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"]
+            step = read_checkpoint(checkpoint)["global_step"]
             _keep_rows(logger, file, step) if file.is_file() else None
         if not isinstance(logger, CSVLogger):  # beside a csv file lies run.json, which has all this
             logger.log_hyperparams({**plain(cfg), "git": git_commit(), "overrides": list(HydraConfig.get().overrides.task)})

@@ -56,7 +56,7 @@ def _mistake(error: Exception, verb: str) -> tuple[str | None, int]:
 
 
 def _mistakes() -> tuple[type[Exception], ...]:
-    known: tuple[type[Exception], ...] = (ValueError, OSError, FloatingPointError)
+    known: tuple[type[Exception], ...] = (ValueError, OSError, FloatingPointError, MemoryError)
     lightning = sys.modules.get("lightning_fabric.utilities.exceptions")
     return (*known, lightning.MisconfigurationException) if lightning else known
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 import time
@@ -16,8 +17,11 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from tc_lightning.backbone import Backbone, save_model
 from tc_lightning.callbacks import BeforeAfter
+from tc_lightning.checkpoint_io import previous, read_checkpoint
 from tc_lightning.cli import build, record
+from tc_lightning.guard import Guard, is_out_of_memory, memory_advice
 from tc_lightning.prompts import PromptData
+from tc_lightning.provenance import Provenance, hashes
 from tc_lightning.ranks import RankWatch, started_from_outside
 from tc_lightning.trainable import trainable_names
 
@@ -37,6 +41,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     trainer = build.build_trainer(cfg, folder, checkpoint)
     card = _card(cfg, folder, backbone, data)
     if trainer.is_global_zero:
+        card["hashes"] = hashes(module, data.splits)
+        trainer.callbacks.append(Provenance(card))
         record.write_record(folder, card)
         record.table("before", _summary(cfg, folder, module, data, trainer))
     return _fit(trainer, module, data, checkpoint, folder, card)
@@ -59,6 +65,14 @@ def _checkpoint(given: str | None, folder: Path) -> Path | None:
     path = folder / "checkpoints" / f"{given}.ckpt" if given in ("last", "best") else Path(given)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}: with ckpt_path={given} name the run's folder, hydra.run.dir=<run folder>")
+    try:
+        read_checkpoint(path)
+    except ValueError as error:
+        if not previous(path).is_file():
+            raise
+        read_checkpoint(previous(path))
+        record.console.print(f"{error}\nresuming from the one before it, {previous(path)}", markup=False)
+        return previous(path)
     return path
 
 
@@ -126,13 +140,17 @@ def _fit(
         raise
     except Exception as error:
         known = watch.explained(trainer, error) or error
+        if is_out_of_memory(error):
+            known = MemoryError(memory_advice(error, module, trainer, card["config"].get("reward_dtype")))
         card["error"] = str(known) or type(known).__name__
         if known is error:
             raise
         raise known from error
     finally:
         if trainer.is_global_zero:
-            _finish(trainer, module, folder, card, status, time.monotonic() - began)
+            # where a full disk ended the run, its record may not fit either: the error that came first is told
+            with contextlib.nullcontext() if status == "finished" else contextlib.suppress(OSError):
+                _finish(trainer, module, folder, card, status, time.monotonic() - began)
     return card
 
 
@@ -149,6 +167,7 @@ def _finish(trainer: Trainer, module: LightningModule, folder: Path, card: dict[
     steps = trainer.global_step
     samples = steps * trainer.datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches
     card |= {"status": status, "seconds": round(seconds, 1), "samples": samples, "steps": steps}
+    card["skipped_steps"] = next(callback.skipped for callback in trainer.callbacks if isinstance(callback, Guard))
     card |= {"device": str(trainer.strategy.root_device), "metrics": scores.metrics() if scores else {}}
     if status == "finished":
         export_tuned(module.backbone, folder)
