@@ -20,7 +20,7 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from tc_lightning.pixels import grid, to_uint8
+from tc_lightning.pixels import grid, save_png, to_uint8
 from tc_lightning.prompts import fixed_seed
 from tc_lightning.report import Scores
 
@@ -34,7 +34,8 @@ class SampleGrid(Callback):
     """Images of the same held-out prompts and seeds at the start, every `every` steps and at the end.
 
     Written to <run folder>/samples/step_<n>.png, a row a prompt, and handed to loggers that take images. The last picture,
-    samples/before_after.png, shows the original beside the tuned model. Every process draws, the first one writes: a sharded
+    samples/before_after.png, shows the original beside the tuned model; samples/last/ has the tuned model's images one by one.
+    Every process draws, the first one writes: a sharded
     network answers only when all ask.
 
     Args:
@@ -49,12 +50,13 @@ class SampleGrid(Callback):
         self.prompts, self.seeds, self.every = prompts, seeds, every
         self._drawn = 0
 
-    def _texts(self, trainer: Trainer) -> list[str]:
+    def texts(self, trainer: Trainer) -> list[str]:
+        """The prompts that are drawn."""
         splits = trainer.datamodule.splits
         return (splits["heldout"] or splits["dev"] or splits["train"])[: self.prompts]
 
     def _draw(self, trainer: Trainer, module: LightningModule, tuned: bool = True) -> Tensor:
-        texts = self._texts(trainer)
+        texts = self.texts(trainer)
         rows = [(text, fixed_seed(index * self.seeds + k)) for index, text in enumerate(texts) for k in range(self.seeds)]
         images = [module.sample([text for text, _ in some], [seed for _, seed in some], tuned) for some in _chunks(rows, 8)]
         return torch.cat(images).cpu().unflatten(0, (len(texts), self.seeds))
@@ -77,8 +79,10 @@ class SampleGrid(Callback):
         both = torch.cat([self._draw(trainer, pl_module, tuned=False), after], dim=1)
         if not trainer.is_global_zero:
             return
+        names = [f"{row}_{k}.png" for row in range(len(after)) for k in range(self.seeds)]
+        save_png(after.flatten(0, 1), Path(trainer.default_root_dir) / "samples" / "last", names)
         labels = [f"{word} {k + 1}" for word in ("before", "after") for k in range(self.seeds)]
-        picture = grid(both, row_labels=self._texts(trainer), column_labels=labels)
+        picture = grid(both, row_labels=self.texts(trainer), column_labels=labels)
         picture.save(Path(trainer.default_root_dir) / "samples" / "before_after.png")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
@@ -87,7 +91,7 @@ class SampleGrid(Callback):
     def _table(self, trainer: Trainer, module: LightningModule, both: Tensor) -> tuple[list[str], list[list]]:
         """Prompt x seed x images before and after x scores of both; `both` is [P, 2 S, 3, H, W]."""
         rows, names = [], []
-        for index, (text, images) in enumerate(zip(self._texts(trainer), both, strict=True)):
+        for index, (text, images) in enumerate(zip(self.texts(trainer), both, strict=True)):
             scores = module.score(images.to(module.device), [text] * len(images))
             names, values = list(scores), [column.tolist() for column in scores.values()]
             arrays = to_uint8(images)
@@ -102,9 +106,9 @@ class SampleGrid(Callback):
             return images
         folder = Path(trainer.default_root_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        grid(images, row_labels=self._texts(trainer)).save(folder / f"step_{trainer.global_step:06d}.png")
+        grid(images, row_labels=self.texts(trainer)).save(folder / f"step_{trainer.global_step:06d}.png")
         for logger in trainer.loggers:
-            _log_images(logger, images.flatten(0, 1), self._texts(trainer), trainer.global_step)
+            _log_images(logger, images.flatten(0, 1), self.texts(trainer), trainer.global_step)
         return images
 
 

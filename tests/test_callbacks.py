@@ -69,7 +69,7 @@ def test_grids_at_the_start_on_the_way_and_at_the_end(fit, tmp_path):
     _, module = fit(SampleGrid(prompts=2, seeds=2, every=2), steps=3)
     samples = tmp_path / "samples"
     names = [f"step_{step:06d}.png" for step in (0, 2, 3)]
-    assert sorted(file.name for file in samples.iterdir()) == ["before_after.png", *names]
+    assert sorted(file.name for file in samples.iterdir()) == ["before_after.png", "last", *names]
     first, middle, last = (np.array(Image.open(samples / name)) for name in names)
     assert first.shape == last.shape and not np.array_equal(first, middle) and not np.array_equal(middle, last)
 

@@ -36,7 +36,7 @@ def wait(process, until):
     began = time.monotonic()
     while not until():
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() - began < 240
+        assert time.monotonic() - began < 900
         time.sleep(0.01)
 
 
@@ -74,7 +74,7 @@ def through(root, tmp_path, kills, steps, *more):
     begun = len(batches(run))
     resume = ["ckpt_path=last"] if (run / "checkpoints" / "last.ckpt").exists() else []
     for process in (start(root, run, steps, *resume, *more), start(root, whole, steps, *more)):
-        shown, _ = process.communicate(timeout=280)
+        shown, _ = process.communicate(timeout=900)
         assert process.returncode == 0, shown
     expected = batches(whole)
     assert [line[0] for line in expected] == list(range(steps))
@@ -87,6 +87,7 @@ def through(root, tmp_path, kills, steps, *more):
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1200)
 def test_killed_in_mid_epoch_and_in_a_write_a_run_is_the_same(tmp_path, root):
     kills = [(4, "epoch"), (1, "write")]
     through(root, tmp_path, kills, 8, *QUICK)
@@ -108,7 +109,7 @@ def test_seeded_kills_are_what_is_promised():
 
 
 @pytest.mark.extended
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(7200)
 def test_ten_seeded_kills_leave_no_trace(tmp_path, root):
     """As the first test, with scores, grids and metrics too; 10 kills, of which at least 3 fall into a write."""
     run, whole = through(root, tmp_path, seeded_kills(0, 10), 24)

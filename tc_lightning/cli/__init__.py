@@ -61,14 +61,23 @@ def _run(verb: str, arguments: list[str]) -> None:
     from hydra._internal.utils import _run_hydra, get_args_parser
 
     from tc_lightning.cli.errors import plain_errors, raising_hydra
+    from tc_lightning.sweep import end_with_parent, register
 
     version.setbase("1.3")
+    register()
+    end_with_parent()
     parser = get_args_parser()
     with raising_hydra() as whole, plain_errors(verb, whole):
 
         def task(cfg: Any) -> Any:
-            with plain_errors(verb, whole):  # here already, for Hydra prints the overrides above an error that it sees
-                return importlib.import_module(f"tc_lightning.cli.{verb}").run(cfg)
+            from tc_lightning.cli.errors import of_sweep
+
+            shared = of_sweep(verb, whole)
+            # here already, for Hydra prints the overrides above an error that it sees
+            with shared or plain_errors(verb, whole):
+                done = importlib.import_module(f"tc_lightning.cli.{verb}").run(cfg)
+                return done.get("objective") if shared and isinstance(done, dict) else done
+            return None  # a job that failed, to a sweeper
 
         _run_hydra(
             args=parser.parse_args(arguments),

@@ -7,6 +7,7 @@ import difflib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 
 TRACE = "HYDRA_FULL_ERROR"
@@ -37,6 +38,35 @@ def plain_errors(verb: str, whole: bool = False) -> Iterator[None]:
             raise
         print(f"error: {message.strip()}\n({TRACE}=1 shows the whole traceback)", file=sys.stderr)
         sys.exit(status)
+
+
+def of_sweep(verb: str, whole: bool) -> contextlib.AbstractContextManager | None:
+    """In a job that shares the sweep's process: its error is written to its run.json, and the sweep goes on."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    return _recorded(verb, whole) if HydraConfig.get().mode == RunMode.MULTIRUN else None
+
+
+@contextlib.contextmanager
+def _recorded(verb: str, whole: bool) -> Iterator[None]:
+    from pathlib import Path
+
+    from hydra.core.hydra_config import HydraConfig
+
+    from tc_lightning.cli.record import write_failure
+
+    given = HydraConfig.get()
+    os.environ.setdefault("WANDB_RUN_GROUP", "/".join(Path(given.sweep.dir).resolve().parts[-2:]))
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  whatever it is, it is written down and the other jobs go on
+        message = _mistake(error, verb)[0]
+        if whole or message is None:
+            traceback.print_exc()
+        message = message or f"{type(error).__name__}: {error}"
+        write_failure(Path(given.runtime.output_dir), verb, list(given.overrides.task), message)
+        print(f"error: job {given.job.num}: {message}", file=sys.stderr)
 
 
 def _mistake(error: Exception, verb: str) -> tuple[str | None, int]:

@@ -6,12 +6,18 @@ import json
 import os
 import platform
 import subprocess
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 PACKAGES = ("tc_lightning", "torch", "pytorch-lightning", "diffusers", "transformers", "torchmetrics", "hydra-core", "peft")
 console = Console(highlight=False, soft_wrap=True)
@@ -46,6 +52,37 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
     part = folder / "run.json.part"
     part.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
     os.replace(part, folder / "run.json")
+
+
+def hold(folder: Path, wait: float = 0.0) -> object:
+    """Keep the folder to this process for as long as what is returned lives.
+
+    Raises:
+        FileExistsError: another process writes there, after `wait` seconds too.
+    """
+    if fcntl is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w")
+    began = time.monotonic()
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError as error:
+            if time.monotonic() - began >= wait:
+                raise FileExistsError(f"another process is writing to {folder}: wait for it, or end it") from error
+            time.sleep(0.5)
+        except OSError:  # a file system without locks
+            return file
+
+
+def write_failure(folder: Path, verb: str, overrides: list[str], message: str) -> None:
+    """run.json of a run that failed before or while it wrote its own."""
+    file = folder / "run.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"verb": verb, "overrides": overrides}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_record(folder, {**known, "status": "failed", "error": message})
 
 
 def refuse_overwrite(folder: Path, resuming: bool = False) -> None:

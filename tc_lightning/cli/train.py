@@ -16,7 +16,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_only
 
 from tc_lightning.backbone import Backbone, save_model
-from tc_lightning.callbacks import BeforeAfter
+from tc_lightning.callbacks import BeforeAfter, SampleGrid
 from tc_lightning.checkpoint_io import previous, read_checkpoint
 from tc_lightning.cli import build, record
 from tc_lightning.guard import Guard, is_out_of_memory, memory_advice
@@ -32,8 +32,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     build.check_numbers(cfg)
     folder = Path(HydraConfig.get().runtime.output_dir)
     checkpoint = _checkpoint(cfg.ckpt_path, folder)
-    _check_processes()
+    _check_processes(cfg)
+    held = None
     if rank_zero_only.rank == 0:
+        held = record.hold(folder, wait=60.0 if checkpoint else 0.0)  # what saves after a signal may need a moment
         record.refuse_overwrite(folder, checkpoint is not None)
     backbone = build.build_backbone(cfg)
     data = build.build_data(cfg, backbone)
@@ -45,16 +47,22 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         trainer.callbacks.append(Provenance(card))
         record.write_record(folder, card)
         record.table("before", _summary(cfg, folder, module, data, trainer))
-    return _fit(trainer, module, data, checkpoint, folder, card)
+    try:
+        return _fit(trainer, module, data, checkpoint, folder, card)
+    finally:
+        held.close() if held else None
 
 
-def _check_processes() -> None:
-    """Processes that torchrun or SLURM starts each make up the folder's time of day.
+def _check_processes(cfg: DictConfig) -> None:
+    """Refuse processes that would not share one run folder, or would each start the whole sweep.
 
     Raises:
-        ValueError: several processes and no folder named.
+        ValueError: several processes from outside and no folder named; a job of several processes in the sweep's own.
     """
     given = HydraConfig.get()
+    several = cfg.trainer.get("devices", 1) not in (1, "1") and "strategy" in cfg.trainer
+    if given.mode == RunMode.MULTIRUN and several and not started_from_outside():
+        raise ValueError("a job of several processes needs hydra/launcher=pool: in the sweep's own process each would start it all")
     if started_from_outside() and given.mode == RunMode.RUN and not any("hydra.run.dir=" in w for w in given.overrides.hydra):
         raise ValueError("several processes need one run folder: name it with hydra.run.dir=<folder>")
 
@@ -168,6 +176,10 @@ def _finish(trainer: Trainer, module: LightningModule, folder: Path, card: dict[
     samples = steps * trainer.datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches
     card |= {"status": status, "seconds": round(seconds, 1), "samples": samples, "steps": steps}
     card["skipped_steps"] = next(callback.skipped for callback in trainer.callbacks if isinstance(callback, Guard))
+    dev = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(("val/", "watch/"))}
+    card |= {"dev": dev, "samples_shown": _shown(trainer)}
+    if objective := card["config"].get("objective"):
+        card["objective"] = dev.get(objective)
     card |= {"device": str(trainer.strategy.root_device), "metrics": scores.metrics() if scores else {}}
     if status == "finished":
         export_tuned(module.backbone, folder)
@@ -180,6 +192,11 @@ def _finish(trainer: Trainer, module: LightningModule, folder: Path, card: dict[
         _say_result(folder, scores)
     else:
         _say_resume(folder, status)
+
+
+def _shown(trainer: Trainer) -> list[str]:
+    grids = next((callback for callback in trainer.callbacks if isinstance(callback, SampleGrid)), None)
+    return grids.texts(trainer) if grids else []
 
 
 def export_tuned(backbone: Backbone, folder: Path) -> None:
