@@ -10,7 +10,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "Backbone": "backbone",
     "Chain": "chain",
+    "DDPO": "ddpo",
     "DRTune": "schedules",
+    "Direct": "direct",
     "FullChain": "schedules",
     "LastK": "schedules",
     "LowVariance": "schedules",
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from tc_lightning import rewards
     from tc_lightning.backbone import Backbone
     from tc_lightning.chain import Chain
+    from tc_lightning.ddpo import DDPO
+    from tc_lightning.direct import Direct
     from tc_lightning.mixing import mix
     from tc_lightning.module import TextCraftor
     from tc_lightning.prompts import PromptData

@@ -299,6 +299,12 @@ class Backbone(nn.Module):
         images = self.vae.decode(latents.to(self.vae.dtype)).sample
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents [B, C, h, w] of images [B, 3, H, W] in [0, 1]: the most likely ones, scaled as the UNet knows them."""
+        config = self.vae.config
+        latents = self.vae.encode((2 * images - 1).to(self.vae.dtype)).latent_dist.mode().float()
+        return (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+
     def tune(self, text_encoder: str = "full", unet: str = "frozen", rank: int = 8, seed: int = 0) -> Backbone:
         """Say what learns: each part is full (all weights), lora (low-rank adapters of `rank`, drawn from `seed`) or frozen.
 
@@ -353,9 +359,36 @@ class Backbone(nn.Module):
         model._hf_peft_config_loaded = False
         del model.peft_config
 
+    def original_unet(self) -> Any:
+        """The UNet as it was before tuning: a frozen copy, the UNet without its adapters, or itself where it is frozen.
+
+        To be called when what learns is set and before anything was learned.
+        """
+        if self.modes["unet"] == "full":
+            return copy.deepcopy(self.unet).requires_grad_(False).eval()
+        return WithoutAdapters(self.unet) if self.modes["unet"] == "lora" else self.unet
+
     def frozen_text_encoder(self) -> CLIPTextModel:
         """A frozen copy of the text encoder as it is now."""
         return copy.deepcopy(self.text_encoder).requires_grad_(False).eval()
+
+
+class WithoutAdapters:
+    """A model with LoRA adapters, called as if it had none."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def to(self, device: torch.device) -> WithoutAdapters:
+        """Nothing to do: the model moves by itself."""
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.model.disable_adapters()
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            self.model.enable_adapters()
 
 
 def save_model(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = None) -> None:

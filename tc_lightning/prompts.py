@@ -9,15 +9,16 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pytorch_lightning import LightningDataModule
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tc_lightning.noise import derive_seed
+from tc_lightning.pairs import Pairs, drawn_pairs, folder_pairs, hub_pairs, webdataset_pairs
 from tc_lightning.tiny.shapes import captions
-
-Row = tuple[str, int]
 
 
 def read_prompts(path: str | Path, column: str = "prompt", limit: int | None = None) -> list[str]:
@@ -100,6 +101,7 @@ class PromptData(LightningDataModule):
         seeds_per_prompt: how many noise seeds a prompt has; epoch e uses number e modulo this.
         seed: of the order and of the noise seeds.
         workers: loader processes; they change nothing in the data.
+        images: (row of train, pixels) -> its image [3, pixels, pixels]; loaded once `require_images` asked for them.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class PromptData(LightningDataModule):
         seeds_per_prompt: int = 1_000_000,
         seed: int = 0,
         workers: int = 0,
+        images: Callable[[int, int], Tensor] | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1 or seeds_per_prompt < 1:
@@ -120,6 +123,7 @@ class PromptData(LightningDataModule):
         self.splits = {"train": list(train), "dev": list(dev), "heldout": list(heldout)}
         self._refuse_overlap()
         self.batch_size, self.seeds_per_prompt, self.seed, self.workers = batch_size, seeds_per_prompt, seed, workers
+        self.images, self.pixels = images, 0
 
     @classmethod
     def shapes(
@@ -128,7 +132,47 @@ class PromptData(LightningDataModule):
         """Captions of the shapes world; the splits share no combination of drawings. Dev and held-out do not depend on `seed`."""
         parts = {"train": captions(train, derive_seed(seed, 12), "train", forget)}
         parts |= {"dev": captions(dev, 0, "dev") if dev else [], "heldout": captions(heldout, 0, "heldout") if heldout else []}
-        return cls(**parts, seed=seed, **options)
+        images = drawn_pairs(parts["train"], seed).load
+        return cls(**parts, seed=seed, images=images, **options)
+
+    @classmethod
+    def pairs(cls, pairs: Pairs, dev: int = 64, heldout: int = 256, **options) -> PromptData:
+        """Images with captions (pairs.py); dev and held-out captions are kept out of training, with all their images."""
+        parts = split_prompts(pairs.captions, dev, heldout)
+        kept = set(parts["train"])
+        rows = [row for row, caption in enumerate(pairs.captions) if caption in kept]
+        parts["train"] = [pairs.captions[row] for row in rows]
+        return cls(**parts, images=_Chosen(pairs.load, rows), **options)
+
+    @classmethod
+    def image_folder(cls, path: str | Path, limit: int | None = None, **options) -> PromptData:
+        """A folder of images, each with a caption file beside it (a.png, a.txt)."""
+        return cls.pairs(folder_pairs(path, limit), **options)
+
+    @classmethod
+    def webdataset(cls, path: str | Path | Sequence[str], limit: int | None = None, **options) -> PromptData:
+        """WebDataset tars: one, a folder of them, or a list."""
+        return cls.pairs(webdataset_pairs(path, limit), **options)
+
+    @classmethod
+    def hub_images(
+        cls, name: str, split: str = "train", image: str = "image", caption: str = "text", limit: int | None = None, **options
+    ) -> PromptData:
+        """A data set of the hub with images and captions; needs the extra `data`."""
+        return cls.pairs(hub_pairs(name, split, image, caption, limit), **options)
+
+    def require_images(self, pixels: int) -> None:
+        """Batches hold "images" [B, 3, pixels, pixels] from now on.
+
+        Raises:
+            ValueError: these prompts have no images.
+        """
+        if self.images is None:
+            raise ValueError(
+                "method=direct learns from images with captions, and these prompts have none: prompts=image_folder, "
+                "prompts=webdataset or prompts=hub_images; for the embedded model prompts=shapes"
+            )
+        self.pixels = pixels
 
     @classmethod
     def file(
@@ -163,7 +207,7 @@ class PromptData(LightningDataModule):
         """Batches {"prompts": [B], "seeds": [B]}; a resumed run goes on with the batch after its last."""
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         sampler = EpochBatches(self, rank, world, self._done, self._total())
-        rows = _Rows(self.splits["train"], self.seed, self.seeds_per_prompt)
+        rows = _Rows(self.splits["train"], self.seed, self.seeds_per_prompt, self.images if self.pixels else None, self.pixels)
         return DataLoader(rows, batch_sampler=sampler, num_workers=self.workers, collate_fn=_collate)
 
     def batches(self, rank: int, world: int, total: int) -> Iterator[dict[str, list]]:
@@ -251,14 +295,29 @@ class _Rows(Dataset):
     prompts: list[str]
     seed: int
     seeds_per_prompt: int
+    images: Callable[[int, int], Tensor] | None = None
+    pixels: int = 0
 
-    def __getitem__(self, key: tuple[int, int]) -> Row:
+    def __getitem__(self, key: tuple[int, int]) -> tuple:
         index, epoch = key
-        return self.prompts[index], derive_seed(self.seed, 13, index, epoch % self.seeds_per_prompt)
+        row = self.prompts[index], derive_seed(self.seed, 13, index, epoch % self.seeds_per_prompt)
+        return row if self.images is None else (*row, self.images(index, self.pixels))
 
     def __len__(self) -> int:
         return len(self.prompts)
 
 
-def _collate(rows: list[Row]) -> dict[str, list]:
-    return {"prompts": [prompt for prompt, _ in rows], "seeds": [seed for _, seed in rows]}
+@dataclass(frozen=True)
+class _Chosen:
+    """Some rows of a source of images."""
+
+    load: Callable[[int, int], Tensor]
+    rows: list[int]
+
+    def __call__(self, index: int, pixels: int) -> Tensor:
+        return self.load(self.rows[index], pixels)
+
+
+def _collate(rows: list[tuple]) -> dict[str, Any]:
+    batch: dict[str, Any] = {"prompts": [row[0] for row in rows], "seeds": [row[1] for row in rows]}
+    return batch if len(rows[0]) == 2 else batch | {"images": torch.stack([row[2] for row in rows])}

@@ -42,6 +42,7 @@ class Sampler:
         original: the text encoder before tuning; needed for a tuned_fraction below 1.
         scheduler: one of SCHEDULERS; ddim is our own chain, the others are diffusers' with the model's noise levels.
         on_step: told the index of each step before it runs (a progress bar).
+        rewriter: list of prompts -> list of prompts, applied before the text encoder (rewriting.py).
 
     Raises:
         ValueError: an unknown scheduler, a tuned_fraction outside [0, 1], or below 1 without `original`.
@@ -55,6 +56,7 @@ class Sampler:
     original: nn.Module | None = None
     scheduler: str = "ddim"
     on_step: Callable[[int], None] | None = None
+    rewriter: Callable[[Sequence[str]], list[str]] | None = None
 
     def __post_init__(self) -> None:
         if self.scheduler not in SCHEDULERS:
@@ -66,6 +68,7 @@ class Sampler:
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """One image a prompt and seed."""
+        prompts = self.rewriter(prompts) if self.rewriter is not None else prompts
         if self.scheduler == "ddim":
             chain = self.chain()
             first = tuned_from(chain.timesteps, self.tuned_fraction, chain.num_train_timesteps)
@@ -138,6 +141,7 @@ def generate(
     original: nn.Module | None = None,
     batch_size: int = 8,
     scheduler: str = "ddim",
+    rewriter: Callable[[Sequence[str]], list[str]] | None = None,
 ) -> Tensor:
     """Images [P * S, 3, H, W] in [0, 1] on the CPU, every prompt with every seed, prompts outermost.
 
@@ -148,13 +152,14 @@ def generate(
         tuned_fraction: the tuned text is used where t < 1000 * tuned_fraction, the original before.
         original: the text encoder before tuning; needed for a tuned_fraction below 1.
         scheduler: one of SCHEDULERS.
+        rewriter: applied to the prompts before the text encoder.
 
     Raises:
         ValueError: no prompt or no seed; a tuned_fraction below 1 without `original`.
     """
     if isinstance(prompts, str) or not prompts or not seeds:
         raise ValueError("generate needs a list of prompts and a list of seeds, at least one of each")
-    sampler = Sampler(backbone, steps, guidance_scale, timestep_spacing, tuned_fraction, original, scheduler)
+    sampler = Sampler(backbone, steps, guidance_scale, timestep_spacing, tuned_fraction, original, scheduler, rewriter)
     rows = [(prompt, seed) for prompt in prompts for seed in seeds]
     images = [sampler(*zip(*rows[start : start + batch_size], strict=True)) for start in range(0, len(rows), batch_size)]
     return torch.cat(images)

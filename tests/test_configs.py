@@ -20,7 +20,7 @@ from small_runs import door, small_pipeline
 CONF = Path(__file__).resolve().parent.parent / "conf"
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name not in ("hydra", "__pycache__"))
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
-LISTS = ("reward", "logger", "watch")
+LISTS = ("reward", "logger", "watch", "regularizer")
 PROMPTS = "\n".join(f"a red circle number {index}" for index in range(20))
 
 

@@ -40,7 +40,7 @@ def imported_packages(folder: Path) -> set[str]:
 
 def test_every_import_is_declared(root, config):
     declared = set(requirements(config["options"]["install_requires"]))
-    for extra in ("wandb", "app", "sweep"):
+    for extra in ("wandb", "app", "data", "sweep"):
         declared |= set(requirements(config["options.extras_require"][extra]))
     installed = packages_distributions()
     undeclared = {

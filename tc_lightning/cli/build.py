@@ -83,18 +83,26 @@ def build_method(cfg: DictConfig, backbone: Backbone) -> LightningModule:
     if reward is None:
         raise ValueError("no reward: reward=[...] takes one or more names, `train --help` lists them")
     constraint = instantiate(cfg.constraint.constraint) if cfg.get("constraint") else None
-    prefix = build_prefix(cfg)
+    parts = {
+        "backbone": backbone,
+        "reward": reward,
+        "constraint": constraint,
+        "watch": mix_of(cfg.get("watch"), "watch"),
+        "schedule": instantiate(cfg.schedule),
+        "regularizers": {name: instantiate(value) for name, value in (cfg.get("regularizer") or {}).items()},
+        "prefix": build_prefix(cfg),
+        "optimizer": instantiate(cfg.optimizer),
+        "lr_scheduler": instantiate(cfg.lr_scheduler) if cfg.get("lr_scheduler") else None,
+    }
     # a partial first: Hydra would turn a schedule, being a dataclass, into a config
-    return instantiate(cfg.method, _partial_=True)(
-        backbone=backbone,
-        reward=reward,
-        constraint=constraint,
-        watch=mix_of(cfg.get("watch"), "watch"),
-        schedule=instantiate(cfg.schedule),
-        optimizer=instantiate(cfg.optimizer),
-        lr_scheduler=instantiate(cfg.lr_scheduler) if cfg.get("lr_scheduler") else None,
-        **({"prefix": prefix} if prefix is not None else {}),
-    )
+    make = instantiate(cfg.method, _partial_=True)
+    taken = inspect.signature(make.func).parameters
+    if parts["regularizers"] and "regularizers" not in taken:
+        name = make.func.__name__
+        raise ValueError(
+            f"{name} takes no regularizer (regularizer=[{', '.join(parts['regularizers'])}]): drop it, or method=textcraftor"
+        )
+    return make(**{name: part for name, part in parts.items() if name in taken})
 
 
 def build_prefix(cfg: DictConfig) -> PrefixCache | None:
@@ -121,8 +129,16 @@ def build_data(cfg: DictConfig, backbone: Backbone) -> PromptData:
     return data
 
 
-def build_trainer(cfg: DictConfig, folder: Path, checkpoint: Path | None = None) -> Trainer:
-    """Lightning's Trainer with loggers, callbacks and checkpoints that write into the run folder."""
+def build_trainer(cfg: DictConfig, folder: Path, checkpoint: Path | None = None, steps_itself: bool = False) -> Trainer:
+    """Lightning's Trainer with loggers, callbacks and checkpoints that write into the run folder.
+
+    A method that steps its optimizer itself (DDPO) clips the gradient itself too and takes one batch a step.
+    """
+    if steps_itself and cfg.trainer.get("accumulate_grad_batches", 1) != 1:
+        raise ValueError(
+            "this method steps its optimizer itself: trainer.accumulate_grad_batches=1, and a larger prompts.batch_size"
+        )
+    own_steps = {"gradient_clip_val": None} if steps_itself else {}
     loggers = build_loggers(cfg, checkpoint)
     callbacks = [instantiate(value) for value in (cfg.get("callbacks") or {}).values()]
     monitor = "val/total" if cfg.val.prompts and cfg.val.every and cfg.val.every <= cfg.max_steps else None
@@ -140,6 +156,7 @@ def build_trainer(cfg: DictConfig, folder: Path, checkpoint: Path | None = None)
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         **validation,
+        **own_steps,
     )
 
 

@@ -40,8 +40,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     backbone = build.build_backbone(cfg)
     data = build.build_data(cfg, backbone)
     module = build.build_method(cfg, backbone)
-    trainer = build.build_trainer(cfg, folder, checkpoint)
-    card = _card(cfg, folder, backbone, data)
+    if getattr(module, "needs_images", False):
+        data.require_images(backbone.image_size)
+    trainer = build.build_trainer(cfg, folder, checkpoint, steps_itself=not module.automatic_optimization)
+    card = _card(cfg, folder, backbone, data) | {"unet": _unet_cost(cfg, module)}
     if trainer.is_global_zero:
         card["hashes"] = hashes(module, data.splits)
         trainer.callbacks.append(Provenance(card))
@@ -101,19 +103,18 @@ def _card(cfg: DictConfig, folder: Path, backbone: Backbone, data: PromptData) -
 def _summary(cfg: DictConfig, folder: Path, module: LightningModule, data: PromptData, trainer: Trainer) -> dict[str, Any]:
     names = set(trainable_names(module))
     count = sum(parameter.numel() for name, parameter in module.named_parameters() if name in names)
-    calls = cfg.chain.steps * (1 if cfg.chain.guidance_scale == 1 else 2)
     rewards = ", ".join(f"{reward.weight:g} x {name}" for name, reward in module.reward.rewards.items())
     constraint = module.constraint.rewards["constraint"] if module.constraint else None
     kind = cfg.constraint.constraint._target_.rsplit(".", 1)[-1] if constraint else ""
-    gradient = cfg.chain.steps - module.first_gradient_step
     kept = {"prefix": f"{module.first_gradient_step} steps read from {cfg.cache.dir} where kept"} if cfg.cache.dir else {}
     return {
         "learns": f"text_encoder {cfg.tune.text_encoder}, unet {cfg.tune.unet}: {count:,} parameters in {len(names)} tensors",
         "rewards": rewards,
         "constraint": f"{constraint.weight:g} x {kind}" if constraint else "none",
-        "steps": f"{cfg.max_steps} of batch {data.batch_size} x {trainer.world_size} = {_samples(cfg, data, trainer):,} samples",
-        "chain": f"{cfg.chain.steps} DDIM steps at guidance {cfg.chain.guidance_scale:g}, gradient through {gradient}",
-        "UNet calls": f"{calls} a sample ({2 * gradient if calls > cfg.chain.steps else gradient} with gradient)",
+        "steps": f"{cfg.max_steps} of batch {data.batch_size} x {trainer.world_size} = "
+        f"{_samples(cfg.max_steps, module, trainer, data):,} samples",
+        "chain": f"{cfg.chain.steps} DDIM steps at guidance {cfg.chain.guidance_scale:g}",
+        "UNet calls": _calls(cfg, module),
         **kept,
         "prompts": ", ".join(f"{len(texts)} {name}" for name, texts in data.splits.items()),
         "device": str(trainer.strategy.root_device),
@@ -121,8 +122,21 @@ def _summary(cfg: DictConfig, folder: Path, module: LightningModule, data: Promp
     }
 
 
-def _samples(cfg: DictConfig, data: PromptData, trainer: Trainer) -> int:
-    return cfg.max_steps * data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+def _calls(cfg: DictConfig, module: LightningModule) -> str:
+    name = type(getattr(module, "schedule", module)).__name__
+    cost = _unet_cost(cfg, module)
+    return f"{cost['forwards']:g} forwards and {cost['backwards']:g} backwards a sample ({name})"
+
+
+def _unet_cost(cfg: DictConfig, module: LightningModule) -> dict[str, float]:
+    """Evaluations of the UNet for a training sample, in rows: guidance makes two of each; means where a schedule draws."""
+    rows = 1 if cfg.chain.guidance_scale == 1 else 2
+    return {name: rows * number for name, number in zip(("forwards", "backwards"), module.cost(), strict=True)}
+
+
+def _samples(steps: int, module: LightningModule, trainer: Trainer, data: PromptData) -> int:
+    prompts = steps * data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+    return round(prompts * getattr(module, "images_per_prompt", 1))
 
 
 def _fit(
@@ -173,7 +187,7 @@ def _say_lost(trainer: Trainer, folder: Path, card: dict[str, Any], message: str
 def _finish(trainer: Trainer, module: LightningModule, folder: Path, card: dict[str, Any], status: str, seconds: float) -> None:
     scores = next((callback for callback in trainer.callbacks if isinstance(callback, BeforeAfter)), None)
     steps = trainer.global_step
-    samples = steps * trainer.datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+    samples = _samples(steps, module, trainer, trainer.datamodule)
     card |= {"status": status, "seconds": round(seconds, 1), "samples": samples, "steps": steps}
     card["skipped_steps"] = next(callback.skipped for callback in trainer.callbacks if isinstance(callback, Guard))
     dev = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(("val/", "watch/"))}

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tc_lightning.tiny.captions import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, Thing, write
+from tc_lightning.tiny.captions import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, Thing, read, write
 
 CANVAS = 32  # pixels
 RGB = {
@@ -83,6 +83,30 @@ def captions(count: int, seed: int, split: str = "train", forget: float = 0.0) -
     while len(found) < count:
         found[write(sample_scene(rng, split), rng, forget)] = None
     return list(found)
+
+
+def draw_caption(caption: str, seed: int) -> Tensor:
+    """Image [3, 32, 32] in [0, 1] of what a caption states; what it leaves open is chosen by `seed`.
+
+    Raises ValueError for a text that is no caption of the shapes world.
+    """
+    rng, scene = random.Random(f"caption-{seed}"), read(caption)
+    places = [thing.place for thing in scene.things]
+    if len(places) == 2 and None in places:
+        opposite = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
+        known = next((place for place in places if place in opposite), None) or rng.choice(("left", "top"))
+        places = [place or (opposite[known] if known in places else known) for place in places]
+        places = [known, opposite[known]] if places[0] == places[1] else places
+    chosen = [
+        Thing(
+            thing.shape or rng.choice(SHAPES),
+            thing.colour or rng.choice(COLOURS),
+            thing.size or rng.choice(SIZES),
+            place or rng.choice(PLACES),
+        )
+        for thing, place in zip(scene.things, places, strict=True)
+    ]
+    return draw([Scene(scene.background or rng.choice(BACKGROUNDS), tuple(chosen))], seed)[0]
 
 
 def signed_distance(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
