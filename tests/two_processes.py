@@ -32,19 +32,17 @@ class Keep(Callback):
         self.gradients.append({name: p.grad.detach().clone() for name, p in named if p.requires_grad})
 
 
-def fit(folder: Path, batch_size: int, accumulate: int = 1, unet: str = "frozen", steps: int = 1) -> dict:
+def fit(folder: Path, batch_size: int, accumulate: int = 1, unet: str = "frozen", steps: int = 1, ddpo: bool = False) -> dict:
     """One small run: {"gradients", "rows", "rewards", "logged"}."""
     torch.manual_seed(0)
     backbone = tc.Backbone.load("tiny").tune("full" if unet == "frozen" else "frozen", unet)
-    module = tc.TextCraftor(
-        backbone,
-        tc.RewardMix(preference=rewards.tiny_preference()),
-        constraint=rewards.tiny_clip(weight=1.0),
-        schedule=tc.LastK(1),
-        steps=2,
-        guidance_scale=1.5,
-        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0),
-    )
+    options = {"constraint": rewards.tiny_clip(weight=1.0), "guidance_scale": 1.5}
+    options |= {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.0)}
+    reward = tc.RewardMix(preference=rewards.tiny_preference())
+    if ddpo:
+        module = tc.DDPO(backbone, reward, steps=3, tuned_fraction=1.0, samples_per_prompt=2, kl_weight=0.1, **options)
+    else:
+        module = tc.TextCraftor(backbone, reward, schedule=tc.LastK(1), steps=2, **options)
     keep = Keep()
     world = int(os.environ.get("WORLD_SIZE", 1))
     trainer = Trainer(
@@ -78,6 +76,7 @@ def main(folder: Path) -> None:
         "text": fit(folder, 4 // world, steps=3),
         "accumulated": fit(folder, 2 // world, accumulate=2),
         "unet": fit(folder, 4 // world, unet="full"),
+        "ddpo": fit(folder, 4 // world, steps=3, ddpo=True),
     }
     torch.save(cases, folder / f"{rank}.pt")
 
