@@ -145,3 +145,22 @@ def small_pipeline(folder: Path, width: int = 32, prediction_type: str = "epsilo
     pipe.save_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def small_language_model(folder: Path) -> Path:
+    """A random GPT-2 with a byte-level tokenizer of its own, saved as the hub has them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    if (folder / "config.json").exists():
+        return folder
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate([*alphabet, "<|endoftext|>"])}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    end = "<|endoftext|>"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token=end).save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ids = {"eos_token_id": 256, "bos_token_id": 256}
+        GPT2LMHeadModel(GPT2Config(vocab_size=257, n_positions=256, n_embd=32, n_layer=2, n_head=2, **ids)).save_pretrained(folder)
+    return folder

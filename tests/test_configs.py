@@ -1,6 +1,7 @@
 """Every option of every group composes and builds; every experiment runs a step. New yaml files are found by themselves."""
 
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from reward_checkpoints import (
     small_open_clip,
     small_tokenizer,
 )
-from small_runs import door, small_pipeline
+from small_runs import door, small_language_model, small_pipeline
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name not in ("hydra", "__pycache__"))
@@ -94,10 +95,37 @@ def arguments(node, small, tmp_path) -> dict:
         }
     if kind.lower().endswith("logger"):
         return {"save_dir": str(tmp_path)}
+    if kind == "RewardCeiling":
+        return {"at": {"tiny_preference": 23.0}}
+    if kind == "LanguageModel":
+        return {"checkpoint": str(small_language_model(folder / "gpt2"))}
     if "PromptData" in node["_target_"]:
         numbers = {"dev": 2, "heldout": 2, "seed": 0}
+        if kind in ("image_folder", "webdataset", "hub_images"):
+            return numbers | captioned_images(folder / "images", kind)
         return numbers | ({"path": str(folder / "prompts.csv")} if "path" in node else {"train": 8})
     return {}
+
+
+def captioned_images(folder: Path, kind: str) -> dict:
+    """Ten pictures with captions as a folder, a tar, or a parquet file that `datasets` reads."""
+    from PIL import Image
+
+    folder.mkdir(exist_ok=True)
+    for index in range(10):
+        Image.new("RGB", (8, 8)).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"a caption {index}")
+    if kind == "image_folder":
+        return {"path": str(folder)}
+    if kind == "webdataset":
+        with tarfile.open(folder / "all.tar", "w") as archive:
+            for file in sorted(folder.glob("[0-9]*")):
+                archive.add(file, file.name)
+        return {"path": str(folder / "all.tar")}
+    datasets = pytest.importorskip("datasets", reason="the extra data is not installed")
+    rows = {"image": [str(file) for file in sorted(folder.glob("*.png"))], "text": [f"a caption {i}" for i in range(10)]}
+    datasets.Dataset.from_dict(rows).to_parquet(folder / "set.parquet")
+    return {"name": str(folder)}
 
 
 def targets(node, path="") -> list[tuple[str, dict]]:

@@ -5,12 +5,18 @@ import torch
 from small_runs import SMALL, door, refused, small_pipeline, train
 
 import tc_lightning as tc
+from tc_lightning import ddim
+from tc_lightning.noise import derive_seed, gaussian
 from tc_lightning.regularizers import EmbeddingDrift, NoiseDistance, RewardCeiling, Step, original_conditioning
 from tc_lightning.rewards.base import FunctionReward
 from tc_lightning.trainable import gradient_report, trainable_names
 
 PROMPTS = ["a red circle", "a blue cross on the left"]
 BATCH = {"prompts": PROMPTS, "seeds": [1, 2]}
+
+
+def bright(images, prompts):
+    return images.mean((1, 2, 3))
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +30,7 @@ def folder(tmp_path_factory):
 def make(folder):
     def build(text_encoder="full", unet="frozen", moved=False, **regularizers):
         backbone = tc.Backbone.load(folder).tune(text_encoder, unet, rank=2)
-        reward = tc.RewardMix(
-            bright=FunctionReward(lambda images, prompts: images.mean((1, 2, 3)), differentiable=True, weight=2.0)
-        )
+        reward = tc.RewardMix(bright=FunctionReward(bright, differentiable=True, weight=2.0))
         options = {"schedule": tc.LastK(2), "steps": 3, "guidance_scale": 3.0, "regularizers": regularizers}
         module = tc.TextCraftor(backbone, reward, **options)
         module.logged = {}
@@ -59,9 +63,6 @@ def test_noise_distance_by_hand(modes, make, folder):
     found = module.regularizers["noise"](step)
     chain = tc.Chain(fresh.unet, fresh.noise_scheduler, 3, 3.0)
     for i in (1, 2):  # one of the gradient steps was drawn
-        from tc_lightning import ddim
-        from tc_lightning.noise import derive_seed, gaussian
-
         noise = gaussian([1, 2], (4, 8, 8), derive_seed(5, 27, 0))
         x = ddim.add_noise(step.latents, noise, chain.alpha_bar(i)[0])
         distance = (module.chain.noise_pred(x, i, step.conditioning) - chain.noise_pred(x, i, step.original)).square().mean()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,8 @@ def _evaluation(cfg: DictConfig, folder: Path, models: dict[str, Callable[[], Sa
     if not chosen:
         raise ValueError("nothing to score with: reward=[...] takes one or more names, `evaluate --help` lists them")
     settings = {"chain": build.plain(cfg.chain), "tuned_fraction": cfg.tuned_fraction, "run": _sources(cfg)}
+    if cfg.get("rewriter"):
+        settings["rewriter"] = build.plain(cfg.rewriter)
     settings["scored_with"] = {group: build.plain(cfg[group]) for group in ("reward", "watch") if cfg.get(group)}
     rewards = RewardMix(chosen).to(_device(cfg.device))
     return Evaluation(bench, models, rewards, folder, cfg.seeds, cfg.batch_size, cfg.shown, settings)
@@ -86,7 +89,17 @@ def _models(cfg: DictConfig) -> dict[str, Callable[[], Sampler]]:
     first = next((source for source in sources if _is_run(source)), None)
     if "base" in sources and first is None:
         raise ValueError("run=base is what a run started from: name a run folder too, run='[base,<run folder>]'")
-    return {name: _loader(source, first, cfg) for name, source in zip(names, sources, strict=True)}
+    models = {name: _loader(source, first, cfg) for name, source in zip(names, sources, strict=True)}
+    rewriter = instantiate(cfg.rewriter) if cfg.get("rewriter") else None
+    if rewriter is None:
+        return models
+    kind = HydraConfig.get().runtime.choices.get("rewriter")
+    return models | {f"{name} + {kind}": _rewriting(load, rewriter) for name, load in models.items()}
+
+
+def _rewriting(load: Callable[[], Sampler], rewriter: Callable[..., list[str]]) -> Callable[[], Sampler]:
+    """The same model told rewritten prompts; its images are scored against the prompts as they are."""
+    return lambda: replace(load(), rewriter=rewriter)
 
 
 def _is_run(source: str) -> bool:
@@ -162,7 +175,8 @@ def _finish(evaluation: Evaluation, cfg: DictConfig, folder: Path, seconds: floa
 def _trained_on(cfg: DictConfig, names: list[str]) -> dict[str, list[str]]:
     """What each run's record says it was trained on, the constraint included."""
     found = {}
-    for name, source in zip(names, _sources(cfg), strict=True):
+    sources = _sources(cfg)
+    for name, source in zip(names, sources * (len(names) // len(sources)), strict=True):
         if not _is_run(source):
             continue
         config = record_of(located(source)).get("config", {})

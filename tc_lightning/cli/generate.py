@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig
 
 from tc_lightning.backbone import Backbone, located
@@ -32,16 +33,18 @@ def run(cfg: DictConfig) -> list[Path]:
     folder = Path(HydraConfig.get().runtime.output_dir)
     record.refuse_overwrite(folder)
     runs = [str(run) for run in cfg.run] if isinstance(cfg.run, ListConfig) else [str(cfg.run)]
+    told = instantiate(cfg.rewriter)(prompts) if cfg.get("rewriter") else prompts
     paths, shown = [], []
     for number, source in enumerate(runs):
-        images = _images(source, prompts, seeds, cfg)
+        images = _images(source, told, seeds, cfg)
         place = folder / f"{number}_{Path(source).name}" if len(runs) > 1 else folder / "images"
         names = [f"{index:04d}_{seed}" for index in range(len(prompts)) for seed in seeds]
         paths += save_png(images, place, names)
         shown.append(images.unflatten(0, (len(prompts), len(seeds))))
     labels = [f"{Path(source).name} {seed}".strip() if len(runs) > 1 else f"seed {seed}" for source in runs for seed in seeds]
     grid(torch.cat(shown, dim=1), row_labels=prompts, column_labels=labels).save(folder / "grid.png")
-    (folder / "run.json").write_text(json.dumps({"verb": "generate", "run": runs, "prompts": prompts, "seeds": seeds}, indent=1))
+    card = {"verb": "generate", "run": runs, "prompts": prompts, "seeds": seeds} | ({"rewritten": told} if told != prompts else {})
+    (folder / "run.json").write_text(json.dumps(card, indent=1))
     record.console.print(f"{len(paths)} images in {folder}\npicture     {folder / 'grid.png'}")
     record.console.print("next        python -m tc_lightning train --help")
     return paths
