@@ -60,8 +60,9 @@ def difference(one, two):
 
 
 @pytest.mark.full
-# batches of one and of two prompts round differently in the UNet: an accumulated step takes halves of what two processes take
-@pytest.mark.parametrize(("case", "bound"), [("text", 1e-6), ("unet", 1e-6), ("accumulated", 5e-6), ("ddpo", 1e-5)])
+# batches of one and of two prompts round differently in the UNet: an accumulated step takes halves of what two processes take;
+# and DDPO divides rewards that differ in their last digits by their small deviation (missing any synchronisation is 0.1 or more)
+@pytest.mark.parametrize(("case", "bound"), [("text", 1e-6), ("unet", 1e-6), ("accumulated", 5e-6), ("ddpo", 1e-4)])
 def test_the_gradient_of_two_processes_is_that_of_one_with_twice_the_batch(case, bound, cases):
     one, first, second = (found[case]["gradients"] for found in cases)
     assert len(one) == len(first) == (3 if case in ("text", "ddpo") else 1)
