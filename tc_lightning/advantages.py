@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 
@@ -30,12 +31,13 @@ class PromptStatistics:
         self.rewards: dict[str, deque[float]] = {}
 
     def __call__(self, prompts: Sequence[str], rewards: Tensor) -> Tensor:
-        """Advantages [B] of rewards [B], which are taken into the statistics first."""
+        """Advantages [B] of rewards [B], which are taken into the statistics first; not finite where a reward is not."""
         for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
-            self.rewards.setdefault(prompt, deque(maxlen=self.size)).append(reward)
+            if math.isfinite(reward):
+                self.rewards.setdefault(prompt, deque(maxlen=self.size)).append(reward)
         advantages = torch.empty_like(rewards)
         for row, prompt in enumerate(prompts):
-            own = self.rewards[prompt]
+            own = self.rewards.get(prompt, ())
             usual = torch.tensor(own, dtype=torch.float64) if len(own) >= self.least else rewards.double()
             advantages[row] = (rewards[row].double() - usual.mean()) / (usual.std(correction=0) + 1e-8)
         return advantages.clamp(-self.clip, self.clip)

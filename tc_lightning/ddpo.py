@@ -106,6 +106,7 @@ class DDPO(LightningModule):
         method.check_something_learns(self)
         if not self.learning_steps:
             raise ValueError(f"no step learns: tuned_fraction={tuned_fraction}, chain.steps={steps}; accepted: more of one of them")
+        self.first_gradient_step = len(self.chain) - 1  # one call at a time is kept for backward
         self.strict_loading = False
         self.on_nonfinite: Callable[[FloatingPointError], None] | None = None  # set by a Guard
 

@@ -66,6 +66,7 @@ class Direct(LightningModule):
             if mix is not None:
                 mix.require_differentiable()
         method.check_something_learns(self)
+        self.first_gradient_step = len(self.chain) - 1  # one call at a time is kept for backward
         self.strict_loading = False
         self.on_nonfinite: Callable[[FloatingPointError], None] | None = None  # set by a Guard
 

@@ -95,6 +95,8 @@ def test_advantages_by_hand():
     assert again.state_dict() == statistics.state_dict()
     assert PromptStatistics(clip=0.5)(["a", "b"], torch.tensor([0.0, 1.0])).tolist() == [-0.5, 0.5]
     assert PromptStatistics()(["a", "b"], torch.tensor([2.0, 2.0])).tolist() == [0.0, 0.0]
+    statistics(["c", "a"], torch.tensor([float("nan"), 1.0]))  # a step that will be skipped
+    assert "c" not in statistics.rewards and list(statistics.rewards["a"]) == [5.0, 7.0, 100.0, 1.0]
 
 
 def test_the_first_update_is_the_policy_gradient(make):
