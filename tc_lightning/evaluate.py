@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from tc_lightning.benches import Bench
-from tc_lightning.measures import MEASURES, diversity, saturation, text_drift
+from tc_lightning.measures import MEASURES
 from tc_lightning.noise import derive_seed
 from tc_lightning.pixels import grid, load_png, save_png
 from tc_lightning.report import Scores, evaluation_markdown, plot_reward, summary, verdict
 from tc_lightning.rewards.mix import RewardMix
-from tc_lightning.rewards.towers import CLIPTower
 from tc_lightning.sampling import Sampler
+from tc_lightning.scoring import Scorer, find_tower
 
 Say = Callable[[str, int, int, float], None]
 
@@ -46,12 +46,13 @@ class Evaluation:
         rewards: the scores; weights play no part.
         folder: holds progress/ (a line a finished prompt) and, for the first `shown` prompts, images/.
         seeds: images a prompt.
-        batch_size: images a batch; it does not change the scores.
+        batch_size: images between two writes of progress; it does not change the scores.
         shown: prompts whose images are kept for grids; -1 keeps every image.
+        micro_batch: images computed at once, always so many (see scoring): what fits the memory, best a divisor of batch_size.
         settings: whatever else decides the scores; a folder is not continued with other settings.
 
     Raises:
-        ValueError: no model, or seeds or batch_size below 1.
+        ValueError: no model, or seeds, batch_size or micro_batch below 1.
         FileExistsError: the folder holds another evaluation.
     """
 
@@ -62,13 +63,14 @@ class Evaluation:
     seeds: int = 1
     batch_size: int = 16
     shown: int = 16
+    micro_batch: int = 8
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.models or self.seeds < 1 or self.batch_size < 1:
-            raise ValueError(
-                f"{len(self.models)} models, seeds={self.seeds}, batch_size={self.batch_size}: accepted: 1 or more of each"
-            )
+        numbers = {name: getattr(self, name) for name in ("seeds", "batch_size", "micro_batch")}
+        if not self.models or min(numbers.values()) < 1:
+            given = ", ".join(f"{name}={value}" for name, value in numbers.items())
+            raise ValueError(f"{len(self.models)} models, {given}: accepted: 1 or more of each")
         self.folder = Path(self.folder)
         self._claim()
 
@@ -76,6 +78,7 @@ class Evaluation:
         """Write down what is evaluated; refuse a folder where it was something else."""
         prompts = hashlib.blake2b(json.dumps([self.bench.prompts, self.bench.categories]).encode(), digest_size=8).hexdigest()
         mine = {"bench": self.bench.name, "prompts": prompts, "models": list(self.models), "seeds": self.seeds}
+        mine["micro_batch"] = self.micro_batch  # another one changes the last digits
         mine = json.loads(json.dumps({**mine, "rewards": list(self.rewards.rewards), **self.settings}, default=str))
         file = self.folder / "evaluation.json"
         if file.is_file():
@@ -118,7 +121,6 @@ class Evaluation:
                 self._run_model(model, rows, rank, say)
         return all(len(self.finished(model)) == len(self.bench) for model in self.models)
 
-    @torch.no_grad()
     def _run_model(self, model: str, rows: list[int], rank: int, say: Say) -> None:
         sampler = self.models[model]()
         place = self._place(model, rank)
@@ -140,34 +142,11 @@ class Evaluation:
         prompts = [self.bench.prompts[row] for row in chunk for _ in range(self.seeds)]
         occurrences = self.bench.occurrences
         seeds = [image_seed(self.bench.prompts[row], occurrences[row], number) for row in chunk for number in range(self.seeds)]
-        images = torch.cat([sampler(*part) for part in _batches(prompts, seeds, self.batch_size)])
+        images, columns = Scorer(sampler, self.rewards, self.seeds, self.micro_batch)(prompts, seeds)
         self._keep(model, chunk, images)
-        device = sampler.backbone.device
-        parts = [
-            (images[i : i + self.batch_size].to(device), prompts[i : i + self.batch_size])
-            for i in range(0, len(images), self.batch_size)
-        ]
-        found = [self.rewards(part, texts)[1] for part, texts in parts]
-        columns = {name: torch.cat([scores[name].float().cpu() for scores in found]) for name in self.rewards.rewards}
-        columns |= self._measures(sampler, prompts, images)
         lists = {name: column.tolist() for name, column in columns.items()}
         flat = [{"seed": seed} | {name: lists[name][i] for name in lists} for i, seed in enumerate(seeds)]
         return [flat[i : i + self.seeds] for i in range(0, len(flat), self.seeds)]
-
-    def _measures(self, sampler: Sampler, prompts: Sequence[str], images: Tensor) -> dict[str, Tensor]:
-        """What shows a hacked reward: see measures."""
-        found = {"saturation": saturation(images)}
-        tower = find_tower(self.rewards)
-        if tower is not None and self.seeds > 1:
-            size, device = self.batch_size, sampler.backbone.device
-            embeds = torch.cat([tower.image_embeds(images[i : i + size].to(device)).cpu() for i in range(0, len(images), size)])
-            found["diversity"] = torch.cat([diversity(part) for part in embeds.split(self.seeds)])
-        if sampler.original is not None:
-            tuned = sampler.backbone.encode(prompts)
-            found["text_drift"] = text_drift(tuned, sampler.backbone.encode(prompts, sampler.original)).cpu()
-        else:
-            found["text_drift"] = torch.zeros(len(prompts))
-        return found
 
     def _keep(self, model: str, chunk: list[int], images: Tensor) -> None:
         names = [f"{row:05d}_{number}" for row in chunk for number in range(self.seeds)]
@@ -208,22 +187,12 @@ class Evaluation:
         return load_png(self.folder / "images" / _safe(model) / f"{row:05d}_0.png")
 
 
-def find_tower(rewards: torch.nn.Module) -> CLIPTower | None:
-    """The first CLIP among some rewards: diversity is measured with it."""
-    return next((module for module in rewards.modules() if isinstance(module, CLIPTower)), None)
-
-
 def _label(scores: Mapping[str, float], rewards: Sequence[str]) -> str:
     return " ".join(f"{name} {scores[name]:.3g}" for name in rewards)
 
 
 def _safe(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-
-
-def _batches(prompts: Sequence[str], seeds: Sequence[int], size: int) -> Iterator[tuple[Sequence[str], Sequence[int]]]:
-    for start in range(0, len(prompts), size):
-        yield prompts[start : start + size], seeds[start : start + size]
 
 
 def write_report(evaluation: Evaluation, trained_on: Mapping[str, Sequence[str]] | None = None) -> Scores:

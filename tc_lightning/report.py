@@ -189,6 +189,13 @@ def evaluation_markdown(scores: Scores, title: str, notes: Sequence[str] = (), m
     lines += _table(
         ["score", *models], [[name, *(str(Interval(**found["models"][m][name])) for m in models)] for name in scores.rewards]
     )
+    if len(models) > 2:
+        lines += [
+            "",
+            f"## All models: mean, and difference to {base} on the same prompts and seeds",
+            "",
+            *_by_model(found, measures),
+        ]
     for model in models[1:]:
         lines += ["", f"## {model} against {base}, same prompts and seeds", ""]
         rows = []
@@ -198,6 +205,19 @@ def evaluation_markdown(scores: Scores, title: str, notes: Sequence[str] = (), m
         lines += _table(["score", "difference", "images won"], rows)
     lines += _category_tables(scores, found, measures) if found["categories"] else []
     return "\n".join(lines) + "\n"
+
+
+def _by_model(found: dict, measures: Sequence[str]) -> list[str]:
+    """A row a model, a column a score, as papers have it."""
+    names = [name for name in next(iter(found["models"].values())) if name not in measures]
+    rows = []
+    for model, means in found["models"].items():
+        row = [f"{means[name]['mean']:.4f}" for name in names]
+        for place, name in enumerate(names if model in found["against_base"] else ()):
+            difference = found["against_base"][model][name]
+            row[place] += f", {_signed(Interval(difference['mean'], difference['low'], difference['high']))}"
+        rows.append([model, *row])
+    return _table(["model", *names], rows)
 
 
 def _category_tables(scores: Scores, found: dict, measures: Sequence[str]) -> list[str]:

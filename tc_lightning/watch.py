@@ -9,9 +9,9 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
 
-from tc_lightning.evaluate import find_tower
 from tc_lightning.measures import diversity, saturation, text_drift
 from tc_lightning.prompts import fixed_seed
+from tc_lightning.scoring import find_tower
 
 ACTIONS = ("warn", "stop")
 

@@ -20,6 +20,7 @@ from tc_lightning.rewards.mix import RewardMix
 from tc_lightning.rewards.oracle import Oracle
 from tc_lightning.rewards.tiny import tiny_clip
 from tc_lightning.sampling import Sampler
+from tc_lightning.scoring import filled
 
 BENCH = Bench.shapes(count=256, limit=5)
 
@@ -52,7 +53,7 @@ def make(backbone, moved, rewards, tmp_path):
 
     def build(folder="a", bench=BENCH, **changes):
         models = {"base": lambda: Sampler(backbone, 2, 4.0), "tuned": lambda: moved}
-        options = {"seeds": 2, "batch_size": 8, "shown": 3} | changes
+        options = {"seeds": 2, "batch_size": 8, "shown": 3, "micro_batch": 4} | changes
         return Evaluation(bench, models, options.pop("rewards", rewards), tmp_path / folder, **options)
 
     return build
@@ -61,7 +62,7 @@ def make(backbone, moved, rewards, tmp_path):
 @pytest.fixture(scope="module")
 def reference(backbone, moved, rewards, tmp_path_factory):
     models = {"base": lambda: Sampler(backbone, 2, 4.0), "tuned": lambda: moved}
-    evaluation = Evaluation(BENCH, models, rewards, tmp_path_factory.mktemp("reference"), 2, 4, 3)
+    evaluation = Evaluation(BENCH, models, rewards, tmp_path_factory.mktemp("reference"), 2, 4, 3, micro_batch=4)
     assert evaluation.run()
     return evaluation.scores()
 
@@ -72,7 +73,7 @@ def same(one: Scores, two: Scores) -> None:
     assert one.rewards == two.rewards
     for model in one.models:
         for name in one.rewards:
-            np.testing.assert_allclose(one.column(model, name), two.column(model, name), atol=5e-5, rtol=0)
+            np.testing.assert_allclose(one.column(model, name), two.column(model, name), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
@@ -80,6 +81,22 @@ def test_batch_size_changes_no_score(batch_size, make, reference):
     evaluation = make(batch_size=batch_size)
     assert evaluation.run()
     same(evaluation.scores(), reference)
+
+
+def test_the_number_of_threads_changes_no_score(make, reference):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert make().run()
+        assert torch.get_num_threads() == 2  # as it was found
+    finally:
+        torch.set_num_threads(threads)
+    same(make().scores(), reference)
+
+
+def test_a_short_batch_is_filled_up():
+    batches = list(filled(["a", "b", "c"], [1, 2, 3], 2))
+    assert batches == [(["a", "b"], [1, 2], 2), (["c", "c"], [3, 3], 1)]
 
 
 def test_the_order_of_prompts_changes_no_score(make, reference):
@@ -178,6 +195,8 @@ def test_another_evaluation_is_not_overwritten(make, tmp_path):
     with pytest.raises(FileExistsError, match="prompts"):
         make(bench=Bench.shapes(limit=4))
     assert (tmp_path / "a" / "evaluation.json").read_text() == before
+    with pytest.raises(FileExistsError, match="micro_batch: 4, now 8"):
+        make(micro_batch=8)
     make(batch_size=1)  # of no consequence
 
 
@@ -197,6 +216,8 @@ def test_bad_numbers(make):
         make(batch_size=0)
     with pytest.raises(ValueError, match="seeds=0"):
         make(seeds=0)
+    with pytest.raises(ValueError, match="micro_batch=0"):
+        make(micro_batch=0)
 
 
 def run_folder(folder, backbone, part=True, base="tiny"):
@@ -238,7 +259,7 @@ def verb(monkeypatch, tmp_path, capsys):
     return run
 
 
-SMALL = ("bench.limit=4", "seeds=2", "chain.steps=2", "shown=2", "reward=[tiny_clip]")
+SMALL = ("bench.limit=4", "seeds=2", "chain.steps=2", "shown=2", "processes=1", "micro_batch=4", "reward=[tiny_clip]")
 
 
 @pytest.mark.full
@@ -267,12 +288,12 @@ def test_the_verb_compares_a_run_with_its_base(verb, moved, tmp_path):
 
 @pytest.mark.full
 def test_a_kill_and_two_processes_change_no_score(verb, root, tmp_path):
-    settings = ["bench.limit=6", "seeds=2", "shown=2", "chain.steps=8", "reward=[tiny_clip]", "watch=none"]
+    settings = ["bench.limit=6", "seeds=2", "shown=2", "chain.steps=8", "reward=[tiny_clip]", "watch=none", "micro_batch=2"]
     command = [sys.executable, "-m", "tc_lightning", "evaluate", *settings, "hydra.run.dir=killed"]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     options = {"cwd": tmp_path, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 
-    killed = subprocess.Popen([*command, "batch_size=1"], **options)
+    killed = subprocess.Popen([*command, "batch_size=1", "processes=1"], **options)
     progress = tmp_path / "killed" / "progress" / "tiny" / "0.jsonl"
     until = time.monotonic() + 200
     while not (progress.is_file() and progress.read_text().count("\n") >= 2) and time.monotonic() < until:
@@ -284,7 +305,7 @@ def test_a_kill_and_two_processes_change_no_score(verb, root, tmp_path):
     done = subprocess.run([*command, "batch_size=8", "processes=2"], **options)
     assert done.returncode == 0, done.stdout
     assert (tmp_path / "killed" / "progress" / "tiny" / "1.jsonl").is_file()
-    status, said = verb(*settings, "batch_size=3", "hydra.run.dir=whole")
+    status, said = verb(*settings, "batch_size=3", "processes=1", "hydra.run.dir=whole")
     assert status == 0, said
     same(*(Scores.load(tmp_path / folder / "scores.csv") for folder in ("killed", "whole")))
 
