@@ -17,7 +17,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import WandbLogger
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
 from tc_lightning.pixels import grid, save_png, to_uint8
@@ -138,26 +138,29 @@ def wandb_logger(offline: bool | None = None, log_model: bool | str = False, **o
 
     Args:
         offline: None is offline on a machine without a key.
-        log_model: True uploads checkpoints as artifacts at the end, "all" during training; needs an online run.
+        log_model: True makes checkpoints artifacts at the end, "all" during training; an offline run's go up with `wandb sync`.
         options: of WandbLogger.
 
     Raises:
         ValueError: wandb is not installed.
     """
     offline = not _has_wandb_key() if offline is None else offline
-    if offline and log_model:
-        rank_zero_warn("wandb is offline: the checkpoint does not become an artifact (logger.wandb.log_model)")
-        log_model = False
+    if offline:
+        options["mode"] = "offline"  # wandb's own: Lightning's offline=True would refuse artifacts, which can be uploaded later
     try:
-        logger = WandbLogger(offline=offline, log_model=log_model, **options)
+        logger = WandbLogger(log_model=log_model, **options)
     except ModuleNotFoundError as error:
         raise ValueError("logger=wandb needs wandb: pip install 'tc_lightning[wandb]'; or logger=[csv]") from error
     if offline:
         place = f"{options.get('save_dir', '.')}/wandb"
         # a table's pictures wait for the upload in wandb's data folder: beside the run, not in the user's home
-        os.environ["WANDB_DATA_DIR"] = os.environ.get("WANDB_DATA_DIR") or os.path.abspath(place)
+        if os.environ.get("WANDB_DATA_DIR", "") in ("", _DATA_DIR.get("ours")):  # of a sweep's earlier job
+            os.environ["WANDB_DATA_DIR"] = _DATA_DIR["ours"] = os.path.abspath(place)
         rank_zero_info(f"wandb is offline; upload the run later with: wandb sync {place}/offline-run-*")
     return logger
+
+
+_DATA_DIR: dict[str, str] = {}
 
 
 def _has_wandb_key() -> bool:
