@@ -21,7 +21,6 @@ from tc_lightning.cli.generate import _device
 from tc_lightning.cli.models import Entry, entries, loaders, trained_on
 from tc_lightning.cli.tables import take_rows
 from tc_lightning.evaluate import Evaluation, write_report
-from tc_lightning.model_card import record_of
 from tc_lightning.report import Scores
 from tc_lightning.rewards.mix import RewardMix
 
