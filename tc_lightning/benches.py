@@ -32,6 +32,7 @@ class Bench:
         name: short, for tables.
         prompts: P texts; a text that comes twice is scored twice, each time on other noise.
         categories: P names, or nothing.
+        group: prompts in a group, where the bench states a category as mean and spread of such groups; else 0.
 
     Raises:
         ValueError: no prompt, or another number of categories than prompts.
@@ -40,6 +41,7 @@ class Bench:
     name: str
     prompts: tuple[str, ...]
     categories: tuple[str, ...] = ()
+    group: int = 0
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -78,7 +80,7 @@ class Bench:
                 raise ValueError(f"bench {self.name} has no category {name!r}: it has {names}")
         rows = [index for index, name in enumerate(self.categories) if not wanted or name in wanted]
         rows = sorted(_evenly(rows, self.categories, limit)) if limit else rows
-        return Bench(self.name, tuple(self.prompts[i] for i in rows), tuple(self.categories[i] for i in rows))
+        return Bench(self.name, tuple(self.prompts[i] for i in rows), tuple(self.categories[i] for i in rows), self.group)
 
     @classmethod
     def shapes(cls, count: int = 256, category: str | Sequence[str] | None = None, limit: int | None = None) -> Bench:
@@ -108,7 +110,7 @@ class Bench:
 
     @classmethod
     def hpsv2(cls, path: str | Path | None = None, category: str | Sequence[str] | None = None, limit: int | None = None) -> Bench:
-        """HPSv2 benchmark (Wu et al. 2023): 800 prompts in each of four styles; the average is over the styles.
+        """HPSv2 benchmark (Wu et al. 2023): 800 prompts in each of four styles; a style is the mean of ten groups of 80.
 
         Args:
             path: folder with anime.json, concept-art.json, paintings.json, photo.json; by default they are fetched.
@@ -119,7 +121,7 @@ class Bench:
             texts = read_prompts(_style_file(path, style))
             prompts += texts
             styles += [style] * len(texts)
-        return cls("hpsv2", tuple(prompts), tuple(styles)).select(category, limit)
+        return cls("hpsv2", tuple(prompts), tuple(styles), 80).select(category, limit)
 
     @classmethod
     def file(

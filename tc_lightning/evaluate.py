@@ -22,10 +22,11 @@ from tc_lightning.benches import Bench
 from tc_lightning.measures import MEASURES
 from tc_lightning.noise import derive_seed
 from tc_lightning.pixels import grid, load_png, save_png
-from tc_lightning.report import Scores, evaluation_markdown, plot_reward, summary, verdict
+from tc_lightning.report import Scores, plot_reward, summary
 from tc_lightning.rewards.mix import RewardMix
 from tc_lightning.sampling import Sampler
 from tc_lightning.scoring import Scorer, find_tower
+from tc_lightning.tables import evaluation_markdown, verdict
 
 Say = Callable[[str, int, int, float], None]
 
@@ -209,7 +210,7 @@ def write_report(evaluation: Evaluation, trained_on: Mapping[str, Sequence[str]]
     (folder / "scores.json").write_text(text + "\n", encoding="utf-8")
     notes = [*verdicts, "", _explain(scores, evaluation.rewards)]
     (folder / "scores.md").write_text(
-        evaluation_markdown(scores, f"Bench {evaluation.bench.name}", notes, MEASURES), encoding="utf-8"
+        evaluation_markdown(scores, f"Bench {evaluation.bench.name}", notes, MEASURES, evaluation.bench.group), encoding="utf-8"
     )
     for name in scores.rewards:
         plot_reward(scores, name, folder / "plots" / f"{_safe(name)}.png")

@@ -1,4 +1,4 @@
-"""Scores of images as a table: csv, means with intervals, paired comparison, markdown, plots."""
+"""Scores of images: csv, means with intervals, paired comparison, plots."""
 
 from __future__ import annotations
 
@@ -129,6 +129,15 @@ def bootstrap(values: np.ndarray, draws: int = 2000, seed: int = 0) -> Interval:
     return Interval(float(values.mean()), float(low), float(high))
 
 
+def group_means(values: np.ndarray, size: int) -> tuple[float, float]:
+    """Mean and standard deviation of the means of consecutive groups of `size`, the last one as long as what is left.
+
+    So HPSv2's benchmark states a style of 800 prompts: ten groups of 80 (Wu et al. 2023, its evaluation program).
+    """
+    means = [values[start : start + size].mean() for start in range(0, len(values), size)]
+    return float(np.mean(means)), float(np.std(means))
+
+
 def summary(scores: Scores, measures: Sequence[str] = ()) -> dict:
     """Everything that the tables say, as plain data; intervals are over prompts, the seeds of a prompt averaged first.
 
@@ -155,96 +164,6 @@ def summary(scores: Scores, measures: Sequence[str] = ()) -> dict:
             for category in scores.categories
         },
     }
-
-
-def verdict(scores: Scores, model: str, trained_on: Sequence[str], measures: Sequence[str] = ()) -> str:
-    """One paragraph: what rose, what fell beyond its interval, and whether that looks like a hacked reward."""
-    base, prompts = scores.models[0], scores.over_seeds()
-    differences = {name: prompts.paired(name, base, model) for name in scores.rewards}
-    rose = [name for name, value in differences.items() if value.low > 0 and name not in measures]
-    fell = [name for name, value in differences.items() if value.high < 0 and name not in measures]
-    said = [f"{model} against {base}: rose {', '.join(rose) or 'nothing'}; fell {', '.join(fell) or 'nothing'} (95 %)."]
-    held = [name for name in fell if name not in trained_on]
-    if trained_on:
-        said.append(f"Trained on {', '.join(trained_on)}.")
-        if held and any(name in trained_on for name in rose):
-            said.append(f"**{', '.join(held)} fell while what was trained on rose: this is what a hacked reward looks like.**")
-    narrow = differences.get("diversity")
-    if narrow is not None and narrow.high < 0:
-        share = 1 + narrow.mean / max(prompts.mean(base, "diversity").mean, 1e-12)
-        said.append(f"Images of one prompt differ less: {share:.0%} of {base}'s diversity over seeds.")
-    return " ".join(said)
-
-
-def evaluation_markdown(scores: Scores, title: str, notes: Sequence[str] = (), measures: Sequence[str] = ()) -> str:
-    """The report of an evaluation: means, paired comparison with the first model, every category."""
-    found = summary(scores, measures)
-    base, models = found["base"], scores.models
-    lines = [
-        f"# {title}",
-        "",
-        f"{found['prompts']} prompts, {found['images']} images a model; intervals are 95 %, bootstrap over prompts.",
-    ]
-    lines += ["", *notes, "", "## Means", ""]
-    lines += _table(
-        ["score", *models], [[name, *(str(Interval(**found["models"][m][name])) for m in models)] for name in scores.rewards]
-    )
-    if len(models) > 2:
-        lines += [
-            "",
-            f"## All models: mean, and difference to {base} on the same prompts and seeds",
-            "",
-            *_by_model(found, measures),
-        ]
-    for model in models[1:]:
-        lines += ["", f"## {model} against {base}, same prompts and seeds", ""]
-        rows = []
-        for name, value in found["against_base"][model].items():
-            wins = f"{value['wins']:.0%} (ties {value['ties']:.0%})" if "wins" in value else ""
-            rows.append([name, _signed(Interval(value["mean"], value["low"], value["high"])), wins])
-        lines += _table(["score", "difference", "images won"], rows)
-    lines += _category_tables(scores, found, measures) if found["categories"] else []
-    return "\n".join(lines) + "\n"
-
-
-def _by_model(found: dict, measures: Sequence[str]) -> list[str]:
-    """A row a model, a column a score, as papers have it."""
-    names = [name for name in next(iter(found["models"].values())) if name not in measures]
-    rows = []
-    for model, means in found["models"].items():
-        row = [f"{means[name]['mean']:.4f}" for name in names]
-        for place, name in enumerate(names if model in found["against_base"] else ()):
-            difference = found["against_base"][model][name]
-            row[place] += f", {_signed(Interval(difference['mean'], difference['low'], difference['high']))}"
-        rows.append([model, *row])
-    return _table(["model", *names], rows)
-
-
-def _category_tables(scores: Scores, found: dict, measures: Sequence[str]) -> list[str]:
-    models, lines = scores.models, []
-    sizes = {name: len(scores.only(name).over_seeds().rows) // len(models) for name in found["categories"]}
-    for name in (name for name in scores.rewards if name not in measures):
-        rows = []
-        for category, means in found["categories"].items():
-            part = scores.only(category).over_seeds()
-            gains = [_signed(part.paired(name, models[0], model)) for model in models[1:]]
-            rows.append([category, str(sizes[category]), *(f"{means[model][name]:.4f}" for model in models), *gains])
-        averages = [float(np.mean([means[model][name] for means in found["categories"].values()])) for model in models]
-        gains = [f"{value - averages[0]:+.4f}" for value in averages[1:]]
-        rows.append(["average of the categories", "", *(f"{value:.4f}" for value in averages), *gains])
-        lines += ["", f"## {name} by category", ""]
-        lines += _table(["category", "prompts", *models, *(f"{model} - {models[0]}" for model in models[1:])], rows)
-    return lines
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
-    lines = ["| " + " | ".join(row) + " |" for row in cells]
-    return [lines[0], "|---" * len(head) + "|", *lines[1:]]
-
-
-def _signed(value: Interval) -> str:
-    return f"{value.mean:+.4f} [{value.low:+.4f}, {value.high:+.4f}]"
 
 
 def plot_reward(scores: Scores, reward: str, path: str | Path) -> Path:

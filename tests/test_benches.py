@@ -54,6 +54,7 @@ def test_geneval(shared):
 def test_hpsv2_has_four_styles(tmp_path):
     bench = Bench.hpsv2(write_hpsv2(tmp_path / "hpsv2"))
     assert Counter(bench.categories) == dict.fromkeys(HPSV2_STYLES, 20)
+    assert bench.group == bench.select(category="photo").group == 80
 
 
 def test_a_limit_takes_as_many_from_each_category_and_keeps_the_order(tmp_path):

@@ -332,6 +332,35 @@ def test_bad_settings(arguments, message, verb, tmp_path):
     assert not (tmp_path / "out" / "scores.csv").exists()
 
 
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        (b"", [], "holds no prompt"),
+        (b"a caf\xe9\n", [], "is not UTF-8"),
+        (b"text\na cat\n", ["csv"], "has no column 'prompt': it has text"),
+        (b"prompt,kind\na cat,animal\n", ["csv", "bench.category_column=kind", "bench.category=plant"], "has no category 'plant'"),
+    ],
+)
+def test_a_bad_file_leaves_what_was_there(content, arguments, message, verb, tmp_path):
+    file = tmp_path / f"prompts.{arguments.pop(0) if arguments else 'txt'}"
+    file.write_bytes(content)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "scores.csv").write_text("mine")
+    status, said = verb("bench=file", f"bench.path={file}", *arguments, f"hydra.run.dir={tmp_path / 'out'}")
+    assert status in (1, 2) and message in said and "Traceback" not in said, said
+    assert (tmp_path / "out" / "scores.csv").read_text() == "mine"
+    assert not (tmp_path / "out" / "evaluation.json").exists()
+
+
+@pytest.mark.full
+def test_nan_is_one_message(verb, tmp_path, monkeypatch):
+    monkeypatch.setattr(Oracle, "score", lambda self, images, prompts: torch.full((len(images),), float("nan")))
+    status, said = verb(*SMALL, f"hydra.run.dir={tmp_path / 'out'}")
+    assert status == 1 and "reward oracle gave nan" in said and "Traceback" not in said, said
+    assert not (tmp_path / "out" / "scores.csv").exists()
+
+
 def test_a_run_folder_without_what_it_tuned(verb, backbone, tmp_path):
     run = run_folder(tmp_path / "empty", backbone, part=False)
     status, said = verb(f"run=[base,{run}]", *SMALL, f"hydra.run.dir={tmp_path / 'out'}")

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tc_lightning.report import Scores, bootstrap, evaluation_markdown, plot_reward, summary, verdict
+from tc_lightning.report import Scores, bootstrap, group_means, plot_reward, summary
+from tc_lightning.tables import evaluation_markdown, verdict
 
 
 def scores(gain=0.5, models=("base", "tuned"), categories=("animals", "buildings"), seeds=2, prompts=20, noise=0.05):
@@ -110,3 +111,15 @@ def test_report_imports_nothing_heavy():
     code = "import sys, tc_lightning.report; print(*{m.partition('.')[0] for m in sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "matplotlib", "transformers", "pytorch_lightning"} & set(done.stdout.split())
+
+
+def test_groups_of_prompts_as_hpsv2_states_them():
+    values = np.random.default_rng(0).normal(0.27, 0.02, 800)
+    groups = values.reshape(10, 80).mean(1)
+    assert group_means(values, 80) == pytest.approx((groups.mean(), groups.std()))
+    made = scores(models=("base", "a", "b", "c"), seeds=1, prompts=8)
+    text = evaluation_markdown(made, "title", group=2)
+    first = [made.only("animals").column("base", "pretty")[i : i + 2].mean() for i in (0, 2)]
+    assert f"| animals | {np.mean(first):.4f} ± {np.std(first):.4f} |" in text
+    assert "| model | pretty | faithful | diversity |" in text  # with more than three models a row is a model
+    assert "Groups of" not in evaluation_markdown(made, "title")
