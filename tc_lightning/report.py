@@ -83,10 +83,11 @@ class Scores:
 
     def over_seeds(self) -> Scores:
         """A row a prompt, the mean over its seeds: what an interval over prompts is drawn from."""
+        names = self.rewards
         groups: dict[tuple, list[dict]] = {}
         for row in self.rows:
             groups.setdefault((row["model"], row["prompt"], row["category"]), []).append(row)
-        means = ({name: float(np.mean([row[name] for row in rows])) for name in self.rewards} for rows in groups.values())
+        means = ({name: sum(float(row[name]) for row in rows) / len(rows) for name in names} for rows in groups.values())
         return Scores([dict(zip(KEYS, (*key, 0), strict=True)) | mean for key, mean in zip(groups, means, strict=True)])
 
     @classmethod
@@ -170,13 +171,13 @@ def plot_reward(scores: Scores, reward: str, path: str | Path) -> Path:
     """A picture of one score: each model's mean and 95 % interval over prompts, over all and in each category."""
     from matplotlib.figure import Figure
 
-    groups = [("all", scores), *((name, scores.only(name)) for name in scores.categories)]
+    groups = [("all", scores.over_seeds()), *((name, scores.only(name).over_seeds()) for name in scores.categories)]
     models, step = scores.models, 0.8 / len(scores.models)
     figure = Figure(figsize=(7.0, 1.3 + (0.12 + 0.17 * len(models)) * len(groups)), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     names = [name if len(name) <= 40 else f"{name[:39]}…" for name in models]
     for number, model in enumerate(models):
-        means = [part.over_seeds().mean(model, reward) for _, part in groups]
+        means = [part.mean(model, reward) for _, part in groups]
         places = [index + (number - (len(models) - 1) / 2) * step for index in range(len(groups))]
         whiskers = [[value.mean - value.low for value in means], [value.high - value.mean for value in means]]
         style = {"fmt": "o", "markersize": 5, "capsize": 2.5, "color": COLOURS[number % len(COLOURS)], "label": names[number]}

@@ -52,7 +52,7 @@ def run(cfg: DictConfig) -> Scores:
     finally:
         for process in helpers.values():
             process.kill() if process.poll() is None else None
-    if cfg.shard is not None and not complete:
+    if cfg.shard is not None and not (complete and cfg.report):
         record.console.print(f"part {rank} of {world} is done; the last part writes the tables in {folder}")
         return evaluation.scores()
     return _finish(evaluation, cfg, folder, trained_on(found), time.monotonic() - began)
@@ -93,7 +93,7 @@ def _start_helpers(cfg: DictConfig, folder: Path, world: int) -> dict[Path, subp
     helpers = {}
     for rank in range(1, world):
         overrides = [word for word in HydraConfig.get().overrides.task if not word.startswith(("processes=", "shard=", "train="))]
-        overrides += [f"shard=[{rank},{world}]", f"hydra.run.dir={folder}", "hydra.output_subdir=null"]
+        overrides += [f"shard=[{rank},{world}]", f"hydra.run.dir={folder}", "hydra.output_subdir=null", "report=false"]
         if torch.cuda.device_count() > 1 and cfg.device == "auto":
             overrides.append(f"device=cuda:{rank % torch.cuda.device_count()}")
         log = folder / f"process_{rank}.log"
