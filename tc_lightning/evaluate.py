@@ -189,7 +189,7 @@ class Evaluation:
 
 
 def _label(scores: Mapping[str, float], rewards: Sequence[str]) -> str:
-    return " ".join(f"{name} {scores[name]:.3g}" for name in rewards)
+    return "\n".join(f"{name} {scores[name]:.3g}" for name in rewards)
 
 
 def _safe(name: str) -> str:

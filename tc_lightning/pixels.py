@@ -160,7 +160,11 @@ def _check_grid(count: int, columns: int, row_labels, column_labels, cell_labels
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Lines of at most `width` pixels; a word longer than that is cut."""
+    """Lines of at most `width` pixels; a line break stays, a word longer than a line is cut."""
+    return [line for paragraph in text.splitlines() for line in _wrap_line(paragraph, font, width)]
+
+
+def _wrap_line(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     lines, line = [], ""
     for word in text.split():
         if line and font.getlength(f"{line} {word}") > width:

@@ -13,6 +13,7 @@ import numpy as np
 
 KEYS = ("model", "prompt", "category", "seed")
 COLOURS = ("#4c6a92", "#d1793b", "#4f9d69", "#9c5aa6", "#b0a13a", "#7f7f7f")
+MARKERS = "osD^"  # another one where the colours come again
 
 
 class Interval(NamedTuple):
@@ -180,7 +181,8 @@ def plot_reward(scores: Scores, reward: str, path: str | Path) -> Path:
         means = [part.mean(model, reward) for _, part in groups]
         places = [index + (number - (len(models) - 1) / 2) * step for index in range(len(groups))]
         whiskers = [[value.mean - value.low for value in means], [value.high - value.mean for value in means]]
-        style = {"fmt": "o", "markersize": 5, "capsize": 2.5, "color": COLOURS[number % len(COLOURS)], "label": names[number]}
+        marker = MARKERS[number // len(COLOURS) % len(MARKERS)]
+        style = {"fmt": marker, "markersize": 5, "capsize": 2.5, "color": COLOURS[number % len(COLOURS)], "label": names[number]}
         axes.errorbar([value.mean for value in means], places, xerr=np.maximum(whiskers, 0), **style)
     axes.set_yticks(range(len(groups)), [name if len(name) <= 32 else f"{name[:31]}…" for name, _ in groups])
     axes.set_ylim(len(groups) - 0.45, -0.55)
