@@ -75,7 +75,7 @@ def rows() -> list[Row]:
         Row("textcraftor_free", (*K7, *FREE), k7),
         Row("direct", ("method=direct",), (1, 1)),
         Row("draft_1", ("schedule=last_k", "schedule.k=1", *ON_POLICY), tc.LastK(1).cost(STEPS)),
-        Row("ddpo", ("method=ddpo", "prompts.batch_size=2"), (2 * STEPS - 1, STEPS - 1), 2, 4),
+        Row("ddpo", ("method=ddpo", "prompts.batch_size=2"), (2 * STEPS, STEPS), 2, 4),
         Row("refl", ("schedule=single_step", *ON_POLICY), tc.SingleStep().cost(STEPS)),
         Row("draft_lv", ("schedule=low_variance", *ON_POLICY), tc.LowVariance().cost(STEPS)),
         Row("alignprop", ("schedule=random_k", *ON_POLICY), tc.RandomK().cost(STEPS)),

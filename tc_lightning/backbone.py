@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -316,6 +317,12 @@ class Backbone(nn.Module):
                 raise ValueError(f"tune.{part}={mode}: accepted are {', '.join(MODES)}")
         if text_encoder == unet == "frozen":
             raise ValueError("nothing learns: tune.text_encoder and tune.unet are both frozen, accepted: full or lora for one")
+        if "frozen" not in (text_encoder, unet):
+            warnings.warn(
+                "text encoder and UNet learn together: TextCraftor's authors recommend the text encoder first, then the UNet with "
+                "the tuned text encoder frozen (experiment=paper_unet)",
+                stacklevel=2,
+            )
         for part, mode in (("text_encoder", text_encoder), ("unet", unet)):
             if mode == "full":
                 getattr(self, part).requires_grad_(True)

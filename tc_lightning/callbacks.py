@@ -20,7 +20,7 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
-from tc_lightning.pixels import grid, save_png, to_uint8
+from tc_lightning.pixels import grid, load_png, save_png, to_uint8
 from tc_lightning.prompts import fixed_seed
 from tc_lightning.report import Scores
 
@@ -64,7 +64,10 @@ class SampleGrid(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The first grid."""
         self._drawn = trainer.global_step
-        self._save(trainer, pl_module)
+        images = self._save(trainer, pl_module)
+        if trainer.is_global_zero and trainer.global_step == 0 and pl_module.backbone.modes["unet"] != "frozen":
+            flat = images.flatten(0, 1)
+            save_png(flat, self._originals(trainer), [f"{index:04d}" for index in range(len(flat))])
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """A grid every so many steps."""
@@ -76,7 +79,7 @@ class SampleGrid(Callback):
         """The last grid, and before beside after."""
         drawn = trainer.global_step == self._drawn
         after = (self._draw if drawn else self._save)(trainer, pl_module)
-        both = torch.cat([self._draw(trainer, pl_module, tuned=False), after], dim=1)
+        both = torch.cat([self._before(trainer, pl_module), after], dim=1)
         if not trainer.is_global_zero:
             return
         names = [f"{row}_{k}.png" for row in range(len(after)) for k in range(self.seeds)]
@@ -87,6 +90,16 @@ class SampleGrid(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 _log_table(logger, "table/before_after", *self._table(trainer, pl_module, both), trainer.global_step)
+
+    def _originals(self, trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir) / "samples" / "original"
+
+    def _before(self, trainer: Trainer, module: LightningModule) -> Tensor:
+        """The original model's images [P, S, 3, H, W]: drawn again, or as kept at the start where the UNet has learned."""
+        kept = sorted(self._originals(trainer).glob("*.png"))
+        if not kept:
+            return self._draw(trainer, module, tuned=False)
+        return torch.stack([load_png(file) for file in kept]).unflatten(0, (len(self.texts(trainer)), self.seeds))
 
     def _table(self, trainer: Trainer, module: LightningModule, both: Tensor) -> tuple[list[str], list[list]]:
         """Prompt x seed x images before and after x scores of both; `both` is [P, 2 S, 3, H, W]."""

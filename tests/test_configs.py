@@ -228,6 +228,8 @@ def test_every_experiment_runs_a_step(name, composed, small, tmp_path):
     if cfg["backbone"]["source"] == "tiny":
         overrides += ["prompts.train=8"]
     else:
+        if cfg["stage"] == "unet":
+            overrides += [f"backbone.text_encoder={folder / 'model'}"]
         overrides += [f"backbone.source={folder / 'model'}", "backbone.image_size=null", f"prompts.path={folder / 'prompts.csv'}"]
     for path, node in targets({key: cfg.get(key) or {} for key in ("reward", "constraint", "watch")}):
         for key, value in rewards.get(node["_target_"].rsplit(".", 1)[-1], {}).items():

@@ -98,6 +98,11 @@ def test_every_schedule_gives_gradient_to_exactly_what_learns(schedule, modes, m
     assert sum(moving) / len(moving) > 0.9
 
 
+def test_both_parts_at_once_warn(make):
+    with pytest.warns(UserWarning, match="the text encoder first, then the UNet"):
+        make("full", "lora")
+
+
 def test_unet_alone_can_learn(make):
     module = make("frozen", "full")
     assert module.original is None and {name.split(".")[1] for name in trainable_names(module)} == {"unet"}

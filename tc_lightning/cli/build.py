@@ -72,7 +72,18 @@ def check_numbers(cfg: DictConfig) -> None:
 
 
 def build_backbone(cfg: DictConfig) -> Backbone:
-    """The model, with what learns switched on."""
+    """The model, with what learns switched on.
+
+    Raises:
+        ValueError: stage=unet without a tuned text encoder, or with one that learns.
+    """
+    if cfg.get("stage") not in (None, "unet"):
+        raise ValueError(f"stage={cfg.stage}: accepted are null and unet")
+    if cfg.get("stage") and (not cfg.backbone.get("text_encoder") or cfg.tune.text_encoder != "frozen"):
+        raise ValueError(
+            "the UNet stage trains on the frozen text encoder of a finished text run: backbone.text_encoder=<run folder> "
+            f"tune.text_encoder=frozen (now {cfg.backbone.get('text_encoder')}, {cfg.tune.text_encoder})"
+        )
     backbone = instantiate(cfg.backbone)
     return backbone.tune(**cfg.tune, seed=cfg.seed)
 
