@@ -405,11 +405,15 @@ def save_model(model: nn.Module, folder: str | Path, dtype: torch.dtype | None =
     it they load random weights and say nothing. transformers 5 reads both.
     """
     copied = copy.deepcopy(model).to(dtype or next(model.parameters()).dtype)
-    if not isinstance(copied, CLIPTextModel):
+    if isinstance(copied, CLIPTextModel):
+        state = {key if key.startswith("text_model.") else f"text_model.{key}": v for key, v in copied.state_dict().items()}
+        copied.save_pretrained(str(folder), state_dict=state)
+    else:
         copied.save_pretrained(str(folder))
-        return
-    state = {key if key.startswith("text_model.") else f"text_model.{key}": v for key, v in copied.state_dict().items()}
-    copied.save_pretrained(str(folder), state_dict=state)
+    file = Path(folder) / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config.pop("_name_or_path", None) is not None:  # where it was loaded from: a path of this machine
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _folder_parts(source: str | Path, revision: str | None, variant: str | None) -> dict[str, Any]:
@@ -480,6 +484,9 @@ def _fetch_part(kind: type, source: str | Path, name: str) -> Any:
 
 
 def _fetch(kind: type, source: str | Path, subfolder: str | None, revision: str | None, variant: str | None) -> Any:
+    if not Path(source).exists() and (str(source).startswith((".", "/", "~")) or str(source).count("/") != 1):
+        # not worth asking the hub, which takes a minute where there is no network
+        raise BackboneError(f"no such folder or file: {source} (and a hub id has the form owner/name)")
     options: dict[str, Any] = {"revision": revision} if revision else {}
     if subfolder:
         options["subfolder"] = subfolder
@@ -504,8 +511,6 @@ def _explain(source: str | Path, subfolder: str | None, error: Exception) -> str
     where = f"{source}" + (f" ({subfolder}/)" if subfolder else "")
     if Path(source).exists():
         return f"could not read {where}: {str(error).splitlines()[0]}"
-    if str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
-        return f"no such folder or file: {source}"
     return (
         f"could not fetch {where} from the hub: {str(error).splitlines()[0]}\n"
         "Without network: download it elsewhere and give the folder with backbone=local backbone.source=<folder>. "

@@ -18,6 +18,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_info
+from rich.progress import track
 from torch import Tensor
 
 from tc_lightning.pixels import grid, load_png, save_png, to_uint8
@@ -215,7 +216,8 @@ class BeforeAfter(Callback):
     def _measure(self, trainer: Trainer, module: LightningModule, model: str) -> None:
         prompts = trainer.datamodule.splits["heldout"][: self.limit]
         rows = [(prompt, fixed_seed(1_000_000 + index)) for index, prompt in enumerate(prompts)]
-        for some in _chunks(rows, self.batch_size):
+        about = f"scoring {len(rows)} held-out prompts, {'original' if model == 'before' else 'tuned'} model"
+        for some in track(_chunks(rows, self.batch_size), about, disable=not trainer.is_global_zero, transient=True):
             texts, seeds = [text for text, _ in some], [seed for _, seed in some]
             scores = module.score(module.sample(texts, seeds, tuned=model == "after"), texts)
             self.scores.add(model, texts, seeds, {name: value.tolist() for name, value in scores.items()})

@@ -13,6 +13,9 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import nn
 
 KEPT = ("config", "overrides", "versions", "git", "hashes")
+# of a run that is resumed; the others (how long, how often, where to) may change
+FIXED = ("seed", "method.", "backbone.", "reward.", "constraint.", "schedule.", "optimizer.", "tune.")
+FIXED += tuple(f"chain.{name}" for name in ("steps", "guidance_scale", "timestep_spacing"))
 
 
 def hash_prompts(splits: Mapping[str, Sequence[str]]) -> str:
@@ -39,6 +42,31 @@ def hashes(module: LightningModule, splits: Mapping[str, Sequence[str]]) -> dict
         networks |= {f"{key}.{name}": reward for name, reward in mix.rewards.items()} if mix is not None else {}
     found = {name: hash_network(network) for name, network in networks.items() if any(True for _ in network.parameters())}
     return {"prompts": hash_prompts(splits), "networks": found}
+
+
+def refuse_changes(checkpoint: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """A resumed run is the same run: what it learns from, how and with which chain must be as in the checkpoint's record.
+
+    Raises:
+        ValueError: names the keys that differ, with both values.
+    """
+    before = _flat((checkpoint.get("run") or {}).get("config") or {})
+    now = _flat(json.loads(json.dumps(config, default=str)))
+    if not before:
+        return
+    odd = [key for key in sorted({*before, *now}) if key.startswith(FIXED) and before.get(key) != now.get(key)]
+    if odd:
+        shown = ", ".join(f"{key} was {before.get(key, 'absent')} and is {now.get(key, 'absent')}" for key in odd[:3])
+        raise ValueError(
+            f"ckpt_path continues a run, and {len(odd)} of its settings changed: {shown}. Give them as they were "
+            "(.hydra/overrides.yaml has them), or start a new run from this one with backbone.text_encoder=<run folder>"
+        )
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, Mapping):
+        return {prefix: node}
+    return {k: v for key, value in node.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else str(key)).items()}
 
 
 class Provenance(Callback):

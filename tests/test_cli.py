@@ -4,10 +4,11 @@ import csv
 import json
 import os
 import re
+import shutil
 
 import pytest
 import torch
-from small_runs import door, kept, refused, train
+from small_runs import SMALL, door, kept, refused, train
 
 CHAIN = ("chain.steps=3", "chain.guidance_scale=4.0")
 ROWS = "\n".join(f"a red circle number {index}" for index in range(20))
@@ -230,10 +231,10 @@ BAD = {
     "no such checkpoint file": ((*TRAIN, *SHAPES, "ckpt_path=absent.ckpt"), ["no checkpoint absent.ckpt"]),
     "tuned_fraction": ((*TRAIN, *SHAPES, "tuned_fraction=1.5"), ["tuned_fraction=1.5, accepted: 0 (never tuned) to 1"]),
     "negative tuned_fraction": ((*TRAIN, *SHAPES, "tuned_fraction=-0.5"), ["tuned_fraction=-0.5"]),
-    "no chain steps": ((*TRAIN, *SHAPES, "chain.steps=0"), ["chain.steps=0: accepted is a number, at least 1"]),
-    "no steps": ((*TRAIN, *SHAPES, "max_steps=0"), ["max_steps=0: accepted is a number, at least 1"]),
+    "no chain steps": ((*TRAIN, *SHAPES, "chain.steps=0"), ["chain.steps=0: accepted is a whole number, at least 1"]),
+    "no steps": ((*TRAIN, *SHAPES, "max_steps=0"), ["max_steps=0: accepted is a whole number, at least 1"]),
     "a word for a number": ((*TRAIN, *SHAPES, "optimizer.lr=fast"), ["optimizer.lr=fast: accepted is a number"]),
-    "negative validation": ((*TRAIN, *SHAPES, "val.every=-1"), ["val.every=-1: accepted is a number, at least 0"]),
+    "negative validation": ((*TRAIN, *SHAPES, "val.every=-1"), ["val.every=-1: accepted is a whole number, at least 0"]),
     "unknown tune mode": ((*TRAIN, *SHAPES, "tune.unet=half"), ["tune.unet=half: accepted are full, lora, frozen"]),
     "nothing learns": ((*TRAIN, *SHAPES, "tune.text_encoder=frozen"), ["nothing learns", "both frozen"]),
     "unknown spacing": ((*TRAIN, *SHAPES, "chain.timestep_spacing=even"), ["accepted: leading, trailing, linspace"]),
@@ -333,3 +334,53 @@ def finished_output(tmp_path_factory):
     done = door("train", *SMALL, f"hydra.run.dir={tmp_path_factory.mktemp('shown') / 'run'}")
     assert done.status == 0, done.err
     return done.out
+
+
+@pytest.mark.full
+def test_a_run_is_resumed_with_the_settings_it_had(finished, tmp_path):
+    """Anything else would train something else without a word; and a refusal leaves the run's records as they were."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    records = [run / "run.json", *sorted((run / ".hydra").iterdir())]
+    before = [file.read_bytes() for file in records]
+    again = (*SMALL, f"hydra.run.dir={run}", "ckpt_path=last", "max_steps=3")
+    for change, words in (
+        (("reward=[tiny_aesthetic]",), ("reward.tiny_", "settings changed", "backbone.text_encoder=<run folder>")),
+        (("constraint=none",), ("constraint.constraint", "settings changed")),
+        (("chain.steps=4",), ("chain.steps was 3 and is 4",)),
+        (("tune.text_encoder=lora",), ("tune.text_encoder was full and is lora",)),
+        (("optimizer.weight_decay=-1",), ("weight_decay", "at least 0")),
+        (("ckpt_path=best.ckpt",), ("no checkpoint",)),
+    ):
+        done = door("train", *again, *change)
+        refused(done, *words)
+        assert done.status == 2, done.err
+    refused(door("train", *SMALL, f"hydra.run.dir={run}"), "holds a run already")
+    assert [file.read_bytes() for file in records] == before
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("chain.steps=2.5", "chain.steps=2.5: accepted is a whole number, at least 1"),
+        ("max_steps=1.5", "max_steps=1.5: accepted is a whole number"),
+        ("val.every=1.5", "val.every=1.5"),
+        ("prompts.heldout=-1", "prompts.heldout=-1"),
+        ("prompts.batch_size=a", "prompts.batch_size=a: accepted is a whole number"),
+        ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val=-1"),
+        ("trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches=0"),
+        ("tune.rank=0", "tune.rank=0"),
+        ("seed=1.5", "seed=1.5: accepted is a whole number"),
+        ("optimizer.lr=nan", "optimizer.lr=nan"),
+    ],
+)
+def test_numbers_are_looked_at_before_anything_is_loaded(setting, words, empty):
+    done = door("train", setting)
+    refused(done, words)
+    assert done.status == 2 and list(empty.rglob("run.json")) == []
+
+
+def test_a_hint_knows_the_chosen_group(empty):
+    done = door("train", "prompts=file", "prompts.path=x.txt", "prompts.train=16")
+    refused(done, "no key 'prompts.train'")
+    assert "Did you mean prompts.train" not in done.err

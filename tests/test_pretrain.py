@@ -75,11 +75,43 @@ def test_missed_gates_are_told():
 
 def test_the_shipped_model_passes_its_gates(root):
     """Every stage's figures lie beside the weights; each was measured on the files as they are shipped."""
-    file = root / "tc_lightning" / "tiny" / "weights" / "quality.json"
-    if not file.exists():
-        pytest.skip("no quality.json beside the weights")
-    quality = json.loads(file.read_text())
+    quality = json.loads((root / "tc_lightning" / "tiny" / "weights" / "quality.json").read_text())
     assert {stage for stage, *_ in GATES} <= set(quality) and missed(quality) == []
+
+
+@pytest.mark.full
+@torch.no_grad()
+def test_the_shipped_files_reach_the_figures_that_lie_beside_them(root):
+    """Measured again on fewer drawings, so within three standard errors and not to the digit."""
+    from transformers import CLIPModel
+
+    from tc_lightning.backbone import Backbone
+    from tc_lightning.pretrain.clip import measure_clip
+    from tc_lightning.pretrain.unet import measure_unet
+    from tc_lightning.pretrain.vae import measure_vae
+
+    weights = root / "tc_lightning" / "tiny" / "weights"
+    quality = json.loads((weights / "quality.json").read_text())
+    backbone = Backbone.load("tiny")
+    clip = CLIPModel.from_pretrained(weights / "clip", dtype=torch.float32).eval()
+    found = {"decoder": measure_vae(backbone.vae, 256), "clip": measure_clip(clip, backbone.tokenizer, 500)}
+    found["unet"] = measure_unet(backbone, 128)
+    for stage, figure, count in (
+        ("decoder", "renders_strict", 256),
+        ("decoder", "reconstructions_strict", 256),
+        ("clip", "right_caption", 500),
+        ("unet", "strict", 128),
+    ):
+        share = quality[stage if figure != "renders_strict" else "vae"][figure]
+        error = 3 * (max(share * (1 - share), 0.01) / count) ** 0.5
+        assert abs(found[stage][figure] - share) < error, (stage, figure, found[stage][figure], share)
+    assert abs(found["decoder"]["psnr_db"] - quality["decoder"]["psnr_db"]) < 0.5
+
+
+def test_no_path_of_a_machine_is_shipped(root):
+    weights = root / "tc_lightning" / "tiny" / "weights"
+    for file in [*weights.rglob("*.json"), *weights.rglob("*.txt")]:
+        assert '"/' not in file.read_text(encoding="utf-8").replace('"/"', "").replace('"/</w>"', ""), file
 
 
 def test_the_shipped_model_is_small(root):

@@ -164,3 +164,4 @@ def test_one_fact_is_changed_and_it_is_another_value():
             facts += zip(vars(one).values(), vars(two).values(), strict=True)
         assert sum(one != two for one, two in facts) == 1
         assert {thing.size for thing in changed.things} <= set(SIZES)
+        assert split_of(changed) == split_of(scene)  # else training would meet held-out combinations

@@ -44,19 +44,29 @@ def mix_of(group: DictConfig | None, key: str) -> RewardMix | None:
     return RewardMix({name: instantiate(value) for name, value in named.items()}) if named else None
 
 
-# key: the least value that makes sense
-NUMBERS = {
+# key: the least value that makes sense; of whole numbers
+COUNTS = {
     "seed": None,
     "max_steps": 1,
     "checkpoint_every": 0,
     "val.prompts": 0,
     "val.every": 0,
     "chain.steps": 1,
-    "chain.guidance_scale": 0,
-    "tuned_fraction": 0,
-    "optimizer.lr": 0,
+    "tune.rank": 1,
     "guard.nonfinite_steps": 1,
+    "prompts.batch_size": 1,
+    "prompts.seeds_per_prompt": 1,
+    "prompts.workers": 0,
+    "prompts.train": 1,
+    "prompts.heldout": 0,
+    "trainer.accumulate_grad_batches": 1,
+    "trainer.log_every_n_steps": 1,
 }
+ALWAYS = ("seed", "max_steps", "chain.steps", "chain.guidance_scale", "tuned_fraction", "optimizer.lr")
+# and of any numbers
+NUMBERS = dict.fromkeys(
+    ("chain.guidance_scale", "tuned_fraction", "optimizer.lr", "optimizer.weight_decay", "trainer.gradient_clip_val"), 0
+)
 
 
 def check_numbers(cfg: DictConfig) -> None:
@@ -65,10 +75,13 @@ def check_numbers(cfg: DictConfig) -> None:
     Raises:
         ValueError: names the key.
     """
-    for key, least in NUMBERS.items():
-        value = OmegaConf.select(cfg, key, throw_on_missing=True)
-        if isinstance(value, bool) or not isinstance(value, int | float) or (least is not None and value < least):
-            raise ValueError(f"{key}={value}: accepted is a number" + ("" if least is None else f", at least {least}"))
+    for table, kinds, what in ((COUNTS, int, "a whole number"), (NUMBERS, int | float, "a number")):
+        for key, least in table.items():
+            value = OmegaConf.select(cfg, key, throw_on_missing=True)
+            if value is None and key not in ALWAYS:
+                continue  # a group without this key, or one of Lightning's that is off
+            if isinstance(value, bool) or not isinstance(value, kinds) or (least is not None and not value >= least):
+                raise ValueError(f"{key}={value}: accepted is {what}" + ("" if least is None else f", at least {least}"))
 
 
 def build_backbone(cfg: DictConfig) -> Backbone:
@@ -208,6 +221,7 @@ def quiet() -> None:
         "GPU available",
         "Experiment logs directory",
         "in eval mode at the start of training",
+        "smaller than the logging interval",
     ):
         warnings.filterwarnings("ignore", message=f".*{about}.*")
     if rank_zero_only.rank:  # the first process says it for all
@@ -215,6 +229,7 @@ def quiet() -> None:
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
         logging.getLogger(f"pytorch_lightning.{name}").setLevel(logging.WARNING)
     logging.getLogger("lightning_fabric.utilities.distributed").setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # five lines of retries before our one
 
 
 def plain(value: Any) -> dict[str, Any]:

@@ -69,6 +69,16 @@ def _recorded(verb: str, whole: bool) -> Iterator[None]:
         print(f"error: job {given.job.num}: {message}", file=sys.stderr)
 
 
+@contextlib.contextmanager
+def settings() -> Iterator[None]:
+    """A mistake met here is one of the settings: the exit status is 2."""
+    try:
+        yield
+    except Exception as error:
+        error.exit_status = 2
+        raise
+
+
 def _mistake(error: Exception, verb: str) -> tuple[str | None, int]:
     """What to say of a user's mistake and the exit status; None for an error that is no user's."""
     from hydra.errors import HydraException, InstantiationException
@@ -82,7 +92,8 @@ def _mistake(error: Exception, verb: str) -> tuple[str | None, int]:
         return f"{_missing(error.__cause__)}" + (f"\n(in key {key.group(1)})" if key else ""), 2
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return _explain(error, verb), 2
-    return (str(error), 1) if isinstance(error, _mistakes()) else (None, 1)
+    status = getattr(error, "exit_status", 1)
+    return (str(error), status) if isinstance(error, _mistakes()) else (None, status)
 
 
 def _mistakes() -> tuple[type[Exception], ...]:
@@ -126,13 +137,20 @@ def _hint(word: str, words: list[str], count: int) -> str:
 
 def _keys(verb: str) -> list[str]:
     from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
     from tc_lightning.cli import conf_folder
 
+    # with the groups that the user chose: prompts=file has other keys than prompts=shapes
+    chosen = [word for word in sys.argv[2:] if re.fullmatch(r"[a-z_]+=\S+", word) and (conf_folder() / word.split("=")[0]).is_dir()]
+    found: list[str] = []
     with initialize_config_dir(str(conf_folder()), version_base=None):
-        found: list[str] = []
-        _walk(OmegaConf.to_container(compose(verb), resolve=False), "", found)
+        try:
+            cfg = compose(verb, overrides=chosen)
+        except HydraException:  # a second mistake: the defaults will do for a hint
+            cfg = compose(verb)
+        _walk(OmegaConf.to_container(cfg, resolve=False), "", found)
     return found
 
 

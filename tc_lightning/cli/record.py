@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -83,6 +85,14 @@ def write_failure(folder: Path, verb: str, overrides: list[str], message: str) -
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"verb": verb, "overrides": overrides}
     folder.mkdir(parents=True, exist_ok=True)
     write_record(folder, {**known, "status": "failed", "error": message})
+
+
+def write_hydra(folder: Path, cfg: DictConfig) -> None:
+    """Write .hydra/ as Hydra does: config.yaml, hydra.yaml, overrides.yaml."""
+    (folder / ".hydra").mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
+    OmegaConf.save(HydraConfig.instance().cfg, folder / ".hydra" / "hydra.yaml")
+    OmegaConf.save(HydraConfig.get().overrides.task, folder / ".hydra" / "overrides.yaml")
 
 
 def refuse_overwrite(folder: Path, resuming: bool = False) -> None:

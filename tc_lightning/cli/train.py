@@ -19,32 +19,30 @@ from tc_lightning.backbone import Backbone, save_model
 from tc_lightning.callbacks import BeforeAfter, SampleGrid
 from tc_lightning.checkpoint_io import previous, read_checkpoint
 from tc_lightning.cli import build, record
+from tc_lightning.cli.errors import settings
 from tc_lightning.guard import Guard, is_out_of_memory, memory_advice
 from tc_lightning.prompts import PromptData
-from tc_lightning.provenance import Provenance, hashes
+from tc_lightning.provenance import Provenance, hashes, refuse_changes
 from tc_lightning.ranks import RankWatch, started_from_outside
-from tc_lightning.trainable import trainable_names
+from tc_lightning.trainable import check_names, trainable_names
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Run the verb in Hydra's output folder; returns the run's record."""
     build.quiet()
-    build.check_numbers(cfg)
     folder = Path(HydraConfig.get().runtime.output_dir)
-    checkpoint = _checkpoint(cfg.ckpt_path, folder)
-    _check_processes(cfg)
     held = None
-    if rank_zero_only.rank == 0:
-        held = record.hold(folder, wait=60.0 if checkpoint else 0.0)  # what saves after a signal may need a moment
-        record.refuse_overwrite(folder, checkpoint is not None)
-    backbone = build.build_backbone(cfg)
-    data = build.build_data(cfg, backbone)
-    module = build.build_method(cfg, backbone)
-    if getattr(module, "needs_images", False):
-        data.require_images(backbone.image_size)
-    trainer = build.build_trainer(cfg, folder, checkpoint, steps_itself=not module.automatic_optimization)
+    with settings():
+        build.check_numbers(cfg)
+        checkpoint = _checkpoint(cfg.ckpt_path, folder)
+        _check_processes(cfg)
+        if rank_zero_only.rank == 0:
+            held = record.hold(folder, wait=60.0 if checkpoint else 0.0)  # what saves after a signal may need a moment
+            record.refuse_overwrite(folder, checkpoint is not None)
+        backbone, data, module, trainer = _parts(cfg, folder, checkpoint)
     card = _card(cfg, folder, backbone, data) | {"unet": _unet_cost(cfg, module)}
     if trainer.is_global_zero:
+        record.write_hydra(folder, cfg)
         card["hashes"] = hashes(module, data.splits)
         trainer.callbacks.append(Provenance(card))
         record.write_record(folder, card)
@@ -53,6 +51,22 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         return _fit(trainer, module, data, checkpoint, folder, card)
     finally:
         held.close() if held else None
+
+
+def _parts(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> tuple[Backbone, PromptData, LightningModule, Trainer]:
+    """What a run is made of, or what is wrong with its settings; nothing is written yet."""
+    saved = read_checkpoint(checkpoint) if checkpoint is not None else None
+    if saved is not None:
+        refuse_changes(saved, build.plain(cfg))
+    backbone = build.build_backbone(cfg)
+    data = build.build_data(cfg, backbone)
+    module = build.build_method(cfg, backbone)
+    if getattr(module, "needs_images", False):
+        data.require_images(backbone.image_size)
+    if saved is not None:
+        check_names(saved["state_dict"], module)
+    module.configure_optimizers()  # its settings' mistakes, before the run has a record
+    return backbone, data, module, build.build_trainer(cfg, folder, checkpoint, steps_itself=not module.automatic_optimization)
 
 
 def _check_processes(cfg: DictConfig) -> None:
@@ -191,10 +205,12 @@ def _finish(trainer: Trainer, module: LightningModule, folder: Path, card: dict[
     card |= {"status": status, "seconds": round(seconds, 1), "samples": samples, "steps": steps}
     card["skipped_steps"] = next(callback.skipped for callback in trainer.callbacks if isinstance(callback, Guard))
     dev = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(("val/", "watch/"))}
-    card |= {"dev": dev, "samples_shown": _shown(trainer)}
+    card |= {"dev": dev, "samples_shown": _shown(trainer), "device": str(trainer.strategy.root_device)}
     if objective := card["config"].get("objective"):
         card["objective"] = dev.get(objective)
-    card |= {"device": str(trainer.strategy.root_device), "metrics": scores.metrics() if scores else {}}
+    if status != "finished":
+        record.write_record(folder, card)  # how it ended, whatever happens below
+    card["metrics"] = scores.metrics() if scores else {}
     if status == "finished":
         export_tuned(module.backbone, folder)
         if scores and scores.scores.rows:

@@ -20,6 +20,8 @@ __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str):
+    if name == "tiny":  # the embedded model's own: tc.rewards.tiny.tiny_clip
+        return importlib.import_module(f"{__name__}.tiny")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,6 +1,6 @@
 """The shapes world: one or two anti-aliased drawings on a plain background, sampled, split and drawn.
 
-The combinations of a scene decide its split, so a held-out prompt shows a combination that no training ever met.
+The combinations of a scene decide its split, so a held-out prompt shows a combination that the training prompts do not hold.
 """
 
 from __future__ import annotations
@@ -62,7 +62,14 @@ def sample_scene(rng: random.Random, split: str = "train", pair_fraction: float 
 
 
 def change_one_fact(scene: Scene, rng: random.Random) -> Scene:
-    """The same scene with exactly one fact of one thing, or the background, changed to another value."""
+    """The same scene with exactly one fact of one thing, or the background, changed to another value; its split stays."""
+    while True:
+        changed = _changed(scene, rng)
+        if split_of(changed) == split_of(scene):
+            return changed
+
+
+def _changed(scene: Scene, rng: random.Random) -> Scene:
     which = rng.randrange(len(scene.things) * 3 + 1)
     if which == len(scene.things) * 3:
         return Scene(_other(BACKGROUNDS, scene.background, rng), scene.things)
