@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -351,6 +352,15 @@ def test_a_bad_file_leaves_what_was_there(content, arguments, message, verb, tmp
     assert status in (1, 2) and message in said and "Traceback" not in said, said
     assert (tmp_path / "out" / "scores.csv").read_text() == "mine"
     assert not (tmp_path / "out" / "evaluation.json").exists()
+
+
+@pytest.mark.full
+def test_ctrl_c_says_how_to_go_on(verb, tmp_path, monkeypatch):
+    monkeypatch.setattr(Evaluation, "run", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    status, said = verb(*SMALL, f"hydra.run.dir={tmp_path / 'out'}")
+    assert status == 130 and "what is scored is kept" in said
+    command = shlex.split(said.rsplit("continue", 1)[1])
+    assert command == ["python", "-m", "tc_lightning", "evaluate", *SMALL, f"hydra.run.dir={tmp_path / 'out'}"]
 
 
 @pytest.mark.full
