@@ -5,6 +5,7 @@ from __future__ import annotations
 import netrc
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import WandbLogger
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
 from rich.progress import track
 from torch import Tensor
 
@@ -272,7 +273,11 @@ class Throughput(Callback):
 
 
 class CleanStop(Callback):
-    """Ctrl-C and SIGTERM end the run after the step in progress, with checkpoints/last.ckpt written; a second one at once."""
+    """Ctrl-C and SIGTERM end the run after the step in progress, with checkpoints/last.ckpt written; a second one at once.
+
+    Of several processes it is enough that one is asked: after each batch they agree. In a SLURM job SIGUSR1 ends the run
+    likewise and then has the job requeued (Lightning's own handler would save in the midst of a step).
+    """
 
     def __init__(self) -> None:
         self.asked: str | None = None
@@ -282,15 +287,22 @@ class CleanStop(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take over the signals."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        slurm = [signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else []
+        for number in (signal.SIGINT, signal.SIGTERM, *slurm):
             self._old[number] = signal.signal(number, self._ask)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take them again: Lightning's handler, set after ours, would speak to the other processes in the midst of a step."""
+        if trainer.world_size > 1 and self._old:
+            signal.signal(signal.SIGTERM, self._ask)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if self.asked or not self._old:  # Lightning puts the handlers back that it found, after teardown: ours
             raise KeyboardInterrupt(name)
         self.asked = name
-        print(f"\n{name}: the run ends after this step (once more to end now)", flush=True)
+        if rank_zero_only.rank == 0:
+            print(f"\n{name}: the run ends after this step (once more to end now)", flush=True)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Stop between two steps, when the last one's numbers are logged too.
@@ -298,6 +310,8 @@ class CleanStop(Callback):
         Also sets the step that loggers show, which Lightning counts once too often in a run taken further.
         """
         if self._saved == trainer.global_step:
+            if self.asked == "SIGUSR1" and trainer.is_global_zero:
+                _requeue()
             raise KeyboardInterrupt(self.asked)
         self._began = trainer.global_step
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
@@ -312,6 +326,8 @@ class CleanStop(Callback):
         self._save_if_asked(trainer)
 
     def _save_if_asked(self, trainer: Trainer) -> None:
+        if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(self.asked is not None, all=False):
+            self.asked = self.asked or "another process"
         if self.asked and self._whole and self._saved != trainer.global_step:
             self._save(trainer)
             self._saved = trainer.global_step
@@ -333,6 +349,13 @@ class CleanStop(Callback):
         for number, handler in self._old.items():
             signal.signal(number, handler)
         self._old = {}
+
+
+def _requeue() -> None:
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+    rank_zero_info(f"requeued SLURM job {job}" if done.returncode == 0 else f"scontrol requeue {job}: {done.stderr.strip()}")
 
 
 def checkpoints(folder: str | Path, every: int, monitor: str | None = "val/total") -> list[ModelCheckpoint]:

@@ -6,6 +6,9 @@ import contextlib
 import hashlib
 import os
 import pickle
+import struct
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,7 +17,10 @@ from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 
 KEYS = ("state_dict", "optimizer_states", "global_step", "loops")
 BLOCK = 2**22  # bytes
-_FOREIGN = (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, pickle.UnpicklingError)
+_FOREIGN = (
+    *(OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error),
+)
 
 
 class VerifiedCheckpointIO(TorchCheckpointIO):
@@ -124,6 +130,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch itself looks at no checksum
+            if (broken := archive.testzip()) is not None:
+                raise ValueError(f"{broken} in it has another checksum than when it was written")
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except _FOREIGN as error:
         what = next(iter(str(error).splitlines()), type(error).__name__)

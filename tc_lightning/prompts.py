@@ -35,7 +35,13 @@ def read_prompts(path: str | Path, column: str = "prompt", limit: int | None = N
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start}): convert it, for example with iconv -t utf-8") from error
-    prompts = [prompt.strip() for prompt in _rows(path, text, column) if prompt and prompt.strip()]
+    try:
+        prompts = [prompt.strip() for prompt in _rows(path, text, column) if prompt and prompt.strip()]
+    except csv.Error as error:
+        raise ValueError(f"{path} is not {path.suffix[1:]}: {error}") from error
+    odd = next((prompt for prompt in prompts if any("\ud800" <= letter <= "\udfff" for letter in prompt)), None)
+    if odd is not None:  # half a character, which JSON can spell and no tokenizer can read
+        raise ValueError(f"{path} has a prompt with half a character: {odd[:60]!a}")
     if not prompts:
         raise ValueError(f"{path} holds no prompt")
     return prompts[:limit]
@@ -60,7 +66,7 @@ def _rows(path: Path, text: str, column: str) -> Iterator[str]:
 def _json(path: Path, text: str) -> list:
     try:
         rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line.strip()]
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not {path.suffix[1:]}: {error}") from error
     if not isinstance(rows, list):
         raise ValueError(f"{path} holds a {type(rows).__name__}, accepted: a list of prompts or of rows")

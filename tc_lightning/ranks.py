@@ -53,15 +53,22 @@ class RankWatch(Callback):
         mine = not children and trainer.world_size > 1 and launcher is not None and not started_from_outside()
         if children or mine:
             _dismiss_observer()
-            threading.Thread(target=self._watch, args=(children, trainer.world_size), daemon=True, name="rank-watch").start()
+            threading.Thread(target=self._watch, args=(children, trainer), daemon=True, name="rank-watch").start()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on a process may end."""
         self._stop.set()
 
-    def _watch(self, children: list[Any], world: int) -> None:
-        parent = os.getppid()
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """A run that is stopped ends all its processes."""
+        if isinstance(exception, KeyboardInterrupt):
+            self._stop.set()
+
+    def _watch(self, children: list[Any], trainer: Trainer) -> None:
+        parent, world = os.getppid(), trainer.world_size
         while self.message is None and not self._stop.wait(self.every):
+            if any(getattr(callback, "asked", None) for callback in trainer.callbacks):
+                continue  # they are about to end together
             self.message = self._missing(children, world) if children else _orphaned(parent, world)
         if self.message is not None:
             self.lost(self.message)

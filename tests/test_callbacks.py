@@ -1,5 +1,6 @@
 """Sample grids, scores before and after, throughput and the clean stop, on a small model in a real Trainer."""
 
+import os
 import signal
 
 import numpy as np
@@ -180,6 +181,20 @@ def test_a_second_signal_ends_at_once(fit, tmp_path):
     with pytest.raises((SystemExit, KeyboardInterrupt)):
         fit(sender, CleanStop(), steps=6, saving=True)
     assert sender.ended == [0] and not (tmp_path / "checkpoints" / "last.ckpt").exists()
+
+
+def test_slurms_signal_saves_and_has_the_job_requeued(fit, tmp_path, monkeypatch):
+    """`#SBATCH --signal=SIGUSR1@90`; scontrol is a script here that writes down what it was asked."""
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $@ > {tmp_path}/asked\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "40")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        fit(Signal(signal.SIGUSR1, batch=1), CleanStop(), steps=6, saving=True)
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+    assert (tmp_path / "asked").read_text() == "requeue 40_7\n"
 
 
 @pytest.mark.parametrize("broken", [False, True])

@@ -154,3 +154,31 @@ def test_a_run_that_loses_a_process_ends_within_a_minute_and_resumes(rank, tmp_p
     whole = train(tmp_path / "whole", *RUN[len(SMALL) :], f"max_steps={reached + 1}")
     assert whole["status"] == "finished" and losses(run).keys() == losses(tmp_path / "whole").keys()
     assert losses(run) == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+
+
+@pytest.mark.extended
+@pytest.mark.timeout(3600)
+def test_two_processes_asked_to_stop_save_together_and_resume_exactly(tmp_path, root, monkeypatch):
+    """SIGTERM to the first process alone; two processes go on, and end with the weights of two that were left alone."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment(root)}
+
+    def start(folder, *more):
+        words = [*RUN, *DDP, "max_steps=8", "~callbacks.progress", f"hydra.run.dir={folder}", *more]
+        return subprocess.Popen([sys.executable, "-m", "tc_lightning", "train", *words], **streams)
+
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    process = start(run, "ckpt_path=auto")
+    while not ((run / "metrics.csv").exists() and losses(run)):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    shown, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and "SIGTERM: the run ends after this step" in shown and "Traceback" not in shown, shown
+    card = json.loads((run / "run.json").read_text())
+    assert card["status"] == "interrupted" and 1 <= card["steps"] < 8 and len(losses(run)) == card["steps"]
+    for process in (start(run, "ckpt_path=auto"), start(whole)):
+        shown, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, shown
+    from test_resume import assert_same_run
+
+    assert_same_run(run, whole)

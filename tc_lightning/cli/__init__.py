@@ -61,6 +61,8 @@ def _run(verb: str, arguments: list[str]) -> None:
     from hydra._internal.utils import _run_hydra, get_args_parser
 
     from tc_lightning.cli.errors import plain_errors, raising_hydra
+    from tc_lightning.cli.record import refuse_secrets
+    from tc_lightning.cli.rerun import expand
     from tc_lightning.sweep import end_with_parent, register
 
     version.setbase("1.3")
@@ -68,6 +70,10 @@ def _run(verb: str, arguments: list[str]) -> None:
     end_with_parent()
     parser = get_args_parser()
     with raising_hydra() as whole, plain_errors(verb, whole):
+        refuse_secrets(arguments)
+        given = parser.parse_args(arguments)
+        if verb == "train":
+            given.overrides = expand(given.overrides)
 
         def task(cfg: Any) -> Any:
             from tc_lightning.cli.errors import of_sweep
@@ -80,7 +86,7 @@ def _run(verb: str, arguments: list[str]) -> None:
             return None  # a job that failed, to a sweeper
 
         _run_hydra(
-            args=parser.parse_args(arguments),
+            args=given,
             args_parser=parser,
             task_function=task,
             config_path=str(conf_folder()),

@@ -20,7 +20,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from tc_lightning.backbone import Backbone, quiet_loading
 from tc_lightning.callbacks import CleanStop, checkpoints
 from tc_lightning.checkpoint_io import VerifiedCheckpointIO, read_checkpoint
-from tc_lightning.cli.record import git_commit
+from tc_lightning.cli.record import git_commit, redacted
 from tc_lightning.guard import Guard
 from tc_lightning.prefix import PrefixCache
 from tc_lightning.prompts import PromptData
@@ -193,7 +193,8 @@ def build_loggers(cfg: DictConfig, checkpoint: Path | None) -> list[Logger]:
             step = read_checkpoint(checkpoint)["global_step"]
             _keep_rows(logger, file, step) if file.is_file() else None
         if not isinstance(logger, CSVLogger):  # beside a csv file lies run.json, which has all this
-            logger.log_hyperparams({**plain(cfg), "git": git_commit(), "overrides": list(HydraConfig.get().overrides.task)})
+            made_of = {**plain(cfg), "git": git_commit(), "overrides": list(HydraConfig.get().overrides.task)}
+            logger.log_hyperparams(redacted(made_of))
     return loggers
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +23,8 @@ except ImportError:  # Windows
     fcntl = None
 
 PACKAGES = ("tc_lightning", "torch", "pytorch-lightning", "diffusers", "transformers", "torchmetrics", "hydra-core", "peft")
+SECRET_NAME = re.compile(r"TOKEN$|SECRET|PASSWORD|API_KEY|ACCESS_KEY", re.IGNORECASE)
+SECRET_KEY = re.compile(r"(^|[.+_])(token|secret|password|api_key|access_key)$", re.IGNORECASE)
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -49,10 +52,36 @@ def git_commit() -> str | None:
     return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
+def secrets() -> list[str]:
+    """Values of environment variables whose names say that nobody is to read them."""
+    named = ((name, value) for name, value in os.environ.items() if SECRET_NAME.search(name))
+    return sorted((value for _, value in named if len(value) >= 8), key=len, reverse=True)
+
+
+def redacted(value: Any) -> Any:
+    """Plain data without the secrets of the environment, which settings can take in with ${oc.env:...}."""
+    text = json.dumps(value, default=str)
+    for secret in secrets():
+        text = text.replace(json.dumps(secret)[1:-1], "***")
+    return json.loads(text)
+
+
+def refuse_secrets(words: list[str]) -> None:
+    """A run folder keeps the overrides that made it: none may hold a secret.
+
+    Raises:
+        ValueError: a setting called like a secret, or one that holds the value of such an environment variable.
+    """
+    for word in words:
+        key, _, value = word.partition("=")
+        if value not in ("", "null") and SECRET_KEY.search(key) or any(secret in word for secret in secrets()):
+            raise ValueError(f"{key}=... holds a secret, and overrides are written to the run folder: set it in the environment")
+
+
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write run.json whole or not at all."""
     part = folder / "run.json.part"
-    part.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(redacted(record), indent=1) + "\n", encoding="utf-8")
     os.replace(part, folder / "run.json")
 
 
@@ -93,6 +122,12 @@ def write_hydra(folder: Path, cfg: DictConfig) -> None:
     OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
     OmegaConf.save(HydraConfig.instance().cfg, folder / ".hydra" / "hydra.yaml")
     OmegaConf.save(HydraConfig.get().overrides.task, folder / ".hydra" / "overrides.yaml")
+
+
+def unfinished(folder: Path) -> bool:
+    """Whether a run began there and did not finish."""
+    file = folder / "run.json"
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("status") != "finished"
 
 
 def refuse_overwrite(folder: Path, resuming: bool = False) -> None:

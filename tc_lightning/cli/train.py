@@ -18,7 +18,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from tc_lightning.backbone import Backbone, save_model
 from tc_lightning.callbacks import BeforeAfter, SampleGrid
 from tc_lightning.checkpoint_io import previous, read_checkpoint
-from tc_lightning.cli import build, record
+from tc_lightning.cli import build, record, rerun
 from tc_lightning.cli.errors import settings
 from tc_lightning.guard import Guard, is_out_of_memory, memory_advice
 from tc_lightning.prompts import PromptData
@@ -38,7 +38,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         _check_processes(cfg)
         if rank_zero_only.rank == 0:
             held = record.hold(folder, wait=60.0 if checkpoint else 0.0)  # what saves after a signal may need a moment
-            record.refuse_overwrite(folder, checkpoint is not None)
+            begun_only = cfg.ckpt_path == "auto" and record.unfinished(folder)  # killed before its first checkpoint
+            record.refuse_overwrite(folder, checkpoint is not None or begun_only)
+            if cfg.rerun is not None:
+                rerun.say_differences(build.plain(cfg), Path(cfg.rerun))
         backbone, data, module, trainer = _parts(cfg, folder, checkpoint)
     card = _card(cfg, folder, backbone, data) | {"unet": _unet_cost(cfg, module)}
     if trainer.is_global_zero:
@@ -84,6 +87,8 @@ def _check_processes(cfg: DictConfig) -> None:
 
 
 def _checkpoint(given: str | None, folder: Path) -> Path | None:
+    if given == "auto":  # one command for a job that may be requeued: resume where there is something to resume
+        given = "last" if (folder / "checkpoints" / "last.ckpt").is_file() else None
     if given is None:
         return None
     path = folder / "checkpoints" / f"{given}.ckpt" if given in ("last", "best") else Path(given)
@@ -101,7 +106,7 @@ def _checkpoint(given: str | None, folder: Path) -> Path | None:
 
 
 def _card(cfg: DictConfig, folder: Path, backbone: Backbone, data: PromptData) -> dict[str, Any]:
-    return {
+    made_of = {
         "verb": "train",
         "status": "running",
         "overrides": list(HydraConfig.get().overrides.task),
@@ -112,6 +117,7 @@ def _card(cfg: DictConfig, folder: Path, backbone: Backbone, data: PromptData) -
         "config": build.plain(cfg),
         "splits": {name: {"prompts": len(texts), "first": texts[:1]} for name, texts in data.splits.items()},
     }
+    return record.redacted(made_of)
 
 
 def _summary(cfg: DictConfig, folder: Path, module: LightningModule, data: PromptData, trainer: Trainer) -> dict[str, Any]:
