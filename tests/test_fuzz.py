@@ -285,7 +285,7 @@ def overrides(count, place, valid):
 @pytest.mark.full
 @pytest.mark.timeout(900)
 def test_malformed_overrides(place):
-    overrides(30, place, 5)
+    overrides(16, place, 3)
 
 
 @pytest.mark.extended

@@ -108,6 +108,26 @@ def belongs_in_the_wheel(file: Path) -> bool:
     return file.suffix == ".py" or file.name == "py.typed" or file.parts[1:3] == ("tiny", "weights")
 
 
+EVERY_VERB = """
+import sys
+from tc_lightning.cli import VERBS, main
+
+def door(*words):
+    sys.argv = ["tc-lightning", *words]
+    try:
+        main()
+    except SystemExit as stop:
+        assert not stop.code, stop.code
+
+for verb in VERBS:
+    door(verb, "--help")
+    door(verb, *{"export": ["run=tiny"], "rate": ["run=[tiny]"]}.get(verb, []), "--cfg", "job")
+    print("found", verb)
+door("train", "--cfg", "hydra")
+door("generate", "text=a red circle", "seeds=[0]", "chain.steps=1", "hydra.run.dir=out")
+"""
+
+
 @pytest.mark.full
 @pytest.mark.xdist_group("wheel")
 class TestWheel:
@@ -152,3 +172,12 @@ class TestWheel:
         file, parameters, unet = done.stdout.split()[-3:]
         assert Path(file).resolve().is_relative_to(installed.resolve())
         assert int(parameters) > 0 and unet == "True"
+
+    def test_every_verb_finds_its_settings_and_one_makes_an_image(self, installed, run_python):
+        """From another folder, with nothing of the checkout on the path; the launcher of sweeps comes along."""
+        done = run_python("-c", EVERY_VERB, path=[installed])
+        assert done.returncode == 0, done.stderr
+        from tc_lightning.cli import VERBS
+
+        assert [line[6:] for line in done.stdout.splitlines() if line.startswith("found ")] == list(VERBS)
+        assert "hydra_plugins.tc_lightning.PoolLauncher" in done.stdout and "1 image" in done.stdout
