@@ -290,8 +290,12 @@ class Backbone(nn.Module):
         return [len(ids) for ids in self.tokenizer(list(prompts), truncation=False, verbose=False).input_ids]
 
     def encode(self, prompts: Sequence[str], text_encoder: nn.Module | None = None) -> Tensor:
-        """prompt_embeds [B, L, D] of the given text encoder, or the backbone's own."""
-        return (text_encoder or self.text_encoder)(self.tokenize(prompts)).last_hidden_state
+        """prompt_embeds [B, L, D] of the given text encoder, or the backbone's own; in fp32 under autocast too.
+
+        It is what learns and costs next to nothing beside the UNet; in bf16 its gradient's cosine to the fp32 one fell to 0.96.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            return (text_encoder or self.text_encoder)(self.tokenize(prompts)).last_hidden_state
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] of latents [B, C, h, w]; clamped, so saturated pixels carry no gradient."""

@@ -1,5 +1,6 @@
 """The guided DDIM chain of a UNet, from pure noise x_T to clean latents x_0 (TextCraftor Eqs. 2 and 3, Algorithm 1)."""
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tc_lightning import ddim
+from tc_lightning.activations import room, saved_bytes
 from tc_lightning.conditioning import Conditioning
 
+logger = logging.getLogger(__name__)
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 
 
@@ -28,8 +31,8 @@ class Chain:
             and the null half of the embeddings, where given, is dropped.
         timestep_spacing: trailing (999, 959, ..., 39 at T = 25, the paper's), leading (961, ..., 1 in stock Stable
             Diffusion) or linspace.
-        keep_activations: what backward finds in memory: "all" steps, "none", or the last n of a run; the others are
-            computed a second time. Values and gradients are the same.
+        keep_activations: what backward finds in memory: "all" steps, "none", the last n of a run, or "auto", which `settle`
+            makes as many as the memory holds; the others are computed a second time. Values and gradients are the same.
 
     As in diffusers, step i leads to t - num_train_timesteps // T. Where T does not divide num_train_timesteps that is
     not always timesteps[i + 1] (T = 15, trailing: off by one); diffusers is followed, so that its pipelines give the
@@ -49,6 +52,7 @@ class Chain:
         self.unet = unet
         self.guidance_scale = _checked_guidance(guidance_scale)
         self.keep_activations = _checked_keep(keep_activations)
+        self.step_bytes: int | None = None  # what one step keeps, once measured
         self.prediction_type = config.get("prediction_type", "epsilon")
         if self.prediction_type not in ddim.PREDICTION_TYPES:
             accepted = ", ".join(ddim.PREDICTION_TYPES)
@@ -121,7 +125,22 @@ class Chain:
 
     def kept(self, steps: int) -> int:
         """How many of that many gradient steps keep their activations for backward: the last ones."""
-        return min(steps, {"all": steps, "none": 0}.get(self.keep_activations, self.keep_activations))
+        return min(steps, {"all": steps, "none": 0, "auto": 0}.get(self.keep_activations, self.keep_activations))
+
+    def settle(self, x: Tensor, conditioning: Conditioning) -> None:
+        """Before each training step's chain: "auto" measures a step first, and then becomes as many steps as fit.
+
+        The measurement costs one UNet call; how much the rest of a training step takes is known when one has run.
+        """
+        if self.keep_activations != "auto":
+            return
+        if self.step_bytes is None:
+            with torch.enable_grad(), saved_bytes() as count:
+                self.step(x, len(self) - 1, conditioning)
+            self.step_bytes = count()
+        else:
+            self.keep_activations = max(0, room(x.device) // max(1, self.step_bytes))
+            logger.info("keep_activations=auto: up to %d steps of %.3g GB", self.keep_activations, self.step_bytes / 1e9)
 
 
 def timestep_list(steps: int, spacing: str, num_train_timesteps: int = 1000, steps_offset: int = 0) -> list[int]:
@@ -158,8 +177,8 @@ def _checked_guidance(guidance_scale: float) -> float:
 
 def _checked_keep(keep_activations: str | int) -> str | int:
     is_count = isinstance(keep_activations, int) and not isinstance(keep_activations, bool) and keep_activations >= 0
-    if keep_activations not in ("all", "none") and not is_count:
-        raise ValueError(f"keep_activations={keep_activations!r}, accepted: 'all', 'none' or a number of steps >= 0")
+    if keep_activations not in ("auto", "all", "none") and not is_count:
+        raise ValueError(f"keep_activations={keep_activations!r}, accepted: 'auto', 'all', 'none' or a number of steps >= 0")
     return keep_activations
 
 

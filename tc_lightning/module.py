@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tc_lightning import method
 from tc_lightning.backbone import Backbone
 from tc_lightning.chain import Chain
 from tc_lightning.conditioning import Conditioning, constant, tuned_from
 from tc_lightning.noise import gaussian
+from tc_lightning.precision import AUTOCAST, lower_frozen
 from tc_lightning.prefix import PrefixCache, fingerprint, prefix_length
 from tc_lightning.regularizers import Penalty, Step, original_conditioning, penalties
 from tc_lightning.rewards.base import Reward
@@ -36,6 +39,7 @@ class TextCraftor(LightningModule):
         lr_scheduler: given the optimizer, stepped after every step of it; constant by default.
         steps, guidance_scale, timestep_spacing, keep_activations: of the chain.
         tuned_fraction: when sampling, the tuned text is used where t < 1000 * tuned_fraction (0.6 is the paper's).
+        decode_batch: images decoded at once, and again in backward, which then keeps nothing of the decoder; all by default.
         prefix: keeps what the steps before the gradient give, or None to run them every time.
         tuned_from_start: in training the tuned text is seen at every step, the ones without gradient included, as DRaFT, ReFL and
             AlignProp train; False is TextCraftor's: from the first gradient step on.
@@ -60,6 +64,7 @@ class TextCraftor(LightningModule):
         timestep_spacing: str = "trailing",
         keep_activations: str | int = "none",
         tuned_fraction: float = 0.6,
+        decode_batch: int | None = None,
         prefix: PrefixCache | None = None,
         tuned_from_start: bool = False,
     ) -> None:
@@ -82,6 +87,10 @@ class TextCraftor(LightningModule):
         for mix in (self.reward, self.constraint):
             if mix is not None:
                 mix.require_differentiable()
+        if decode_batch is not None and decode_batch < 1:
+            raise ValueError(f"chain.decode_batch={decode_batch}: accepted is 1 or more images, or null")
+        self.decode_batch = decode_batch
+        self._restore: Callable[[], None] | None = None
         self.prefix = prefix
         if prefix is not None:
             prefix_length(self.first_gradient_step, self.first_tuned_step, backbone.modes["unet"])
@@ -101,11 +110,18 @@ class TextCraftor(LightningModule):
         schedule = at_step(self.schedule, self.global_step, batch["seeds"])
         x, start = self.enter(prompts, batch["seeds"])
         conditioning = self.condition(prompts, start=start)
+        self.chain.settle(x, conditioning)
         latents = schedule(self.chain, x, conditioning, start)
-        images = self.backbone.decode(latents)
+        images = self.decode(latents)
         # LowVariance gives several images a prompt
         repeated = prompts * (len(images) // len(prompts))
         return self.objective(images, repeated, latents[: len(prompts)], conditioning, batch["seeds"])
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] of latents [B, C, h, w]."""
+        if self.decode_batch is None:
+            return self.backbone.decode(latents)
+        return torch.cat([checkpoint(self.backbone.decode, x, use_reentrant=False) for x in latents.split(self.decode_batch)])
 
     def enter(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, int]:
         """Latents [B, C, h, w] and the step they enter: noise and 0, or what the prefix cache keeps and the first gradient step."""
@@ -170,7 +186,24 @@ class TextCraftor(LightningModule):
 
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], tuned: bool = True) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] as at test time, or the original model's with `tuned=False` (text only)."""
-        return method.sample_images(self, prompts, seeds, tuned)
+        # callbacks sample outside Lightning's steps, and so outside its autocast
+        with self.trainer.precision_plugin.forward_context() if self._restore is not None else nullcontext():
+            return method.sample_images(self, prompts, seeds, tuned)
+
+    def lower_frozen(self, precision: str) -> None:
+        """Hold frozen networks in the dtype of a mixed precision, by Lightning's name; nothing for another precision."""
+        if precision in AUTOCAST:
+            self._restore = lower_frozen((self.backbone.unet, self.backbone.vae), AUTOCAST[precision])
+
+    def on_fit_start(self) -> None:
+        """Frozen networks in the run's precision."""
+        self.lower_frozen(self.trainer.precision)
+
+    def on_fit_end(self) -> None:
+        """Frozen networks as they were."""
+        if self._restore is not None:
+            self._restore()
+            self._restore = None
 
     def configure_optimizers(self) -> Any:
         """The optimizer over exactly the parameters that learn, with its learning rate's schedule if there is one."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,66 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from tc_lightning.noise import derive_seed
 from tc_lightning.pairs import Pairs, drawn_pairs, folder_pairs, hub_pairs, webdataset_pairs
+from tc_lightning.prompt_files import StreamedPrompts, is_large, read_prompts
 from tc_lightning.tiny.shapes import captions
-
-
-def read_prompts(path: str | Path, column: str = "prompt", limit: int | None = None) -> list[str]:
-    """Prompts of a text file (a line each), CSV or TSV (the named column), JSON list or JSON lines; blank ones are dropped.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not UTF-8, no prompt in it, no such column, or an unknown kind of file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no prompt file {path}: a text file with a prompt a line, or .csv, .tsv, .json, .jsonl")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start}): convert it, for example with iconv -t utf-8") from error
-    try:
-        prompts = [prompt.strip() for prompt in _rows(path, text, column) if prompt and prompt.strip()]
-    except csv.Error as error:
-        raise ValueError(f"{path} is not {path.suffix[1:]}: {error}") from error
-    odd = next((prompt for prompt in prompts if any("\ud800" <= letter <= "\udfff" for letter in prompt)), None)
-    if odd is not None:  # half a character, which JSON can spell and no tokenizer can read
-        raise ValueError(f"{path} has a prompt with half a character: {odd[:60]!a}")
-    if not prompts:
-        raise ValueError(f"{path} holds no prompt")
-    return prompts[:limit]
-
-
-def _rows(path: Path, text: str, column: str) -> Iterator[str]:
-    # lines end in \n only (reading has made \r\n so): str.splitlines would also cut a prompt at U+2028 or a form feed
-    if path.suffix in (".txt", ""):
-        return iter(text.split("\n"))
-    if path.suffix in (".csv", ".tsv"):
-        table = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
-        names = table.fieldnames or []
-        found = next((name for name in names if name.lower() == column.lower()), None)
-        if found is None:
-            raise ValueError(f"{path} has no column {column!r}: it has {', '.join(names) or 'none'}")
-        return (row[found] for row in table)
-    if path.suffix in (".json", ".jsonl"):
-        return (_prompt(row, path, column) for row in _json(path, text))
-    raise ValueError(f"{path}: unknown kind of prompt file {path.suffix!r}, accepted: .txt, .csv, .tsv, .json, .jsonl")
-
-
-def _json(path: Path, text: str) -> list:
-    try:
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not {path.suffix[1:]}: {error}") from error
-    if not isinstance(rows, list):
-        raise ValueError(f"{path} holds a {type(rows).__name__}, accepted: a list of prompts or of rows")
-    return rows
-
-
-def _prompt(row: object, path: Path, column: str) -> str:
-    found = row.get(column) if isinstance(row, dict) else row
-    if not isinstance(found, str):
-        raise ValueError(f"{path} has a row without a text under {column!r}: {json.dumps(row)[:100]}")
-    return found
 
 
 def split_prompts(prompts: Sequence[str], dev: int, heldout: int, seed: int = 0) -> dict[str, list[str]]:
@@ -88,14 +27,39 @@ def split_prompts(prompts: Sequence[str], dev: int, heldout: int, seed: int = 0)
     """
     distinct = list(dict.fromkeys(prompts))
     if len(distinct) <= dev + heldout:
-        raise ValueError(
-            f"{len(distinct)} distinct prompts do not give {dev} for dev (val.prompts), {heldout} held out "
-            "(prompts.heldout) and one to train on: give more prompts, or lower these"
-        )
+        raise ValueError(too_few(len(distinct), dev, heldout))
     generator = torch.Generator().manual_seed(derive_seed(seed, 11))
     shuffled = [distinct[i] for i in torch.randperm(len(distinct), generator=generator).tolist()]
     parts = {"dev": shuffled[:dev], "heldout": shuffled[dev : dev + heldout], "train": shuffled[dev + heldout :]}
     return {name: parts[name] for name in ("train", "dev", "heldout")}
+
+
+def split_stream(prompts: StreamedPrompts, dev: int, heldout: int, seed: int = 0) -> dict[str, Sequence[str]]:
+    """The same three of a file that is read by row: dev and heldout are read now, train is what holds none of their prompts.
+
+    A prompt that stands in several rows stays in all of them.
+
+    Raises:
+        ValueError: too few distinct prompts to leave one for training.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(seed, 11))
+    drawn: dict[str, None] = {}
+    for row in torch.randperm(len(prompts), generator=generator):
+        if len(drawn) == dev + heldout:
+            break
+        drawn.setdefault(prompts[int(row)])
+    aside = list(drawn)
+    if len(aside) < dev + heldout or prompts.leave_out(aside) == 0:
+        raise ValueError(too_few(len(aside), dev, heldout))
+    return {"train": prompts, "dev": aside[:dev], "heldout": aside[dev:]}
+
+
+def too_few(distinct: int, dev: int, heldout: int) -> str:
+    """The message where the splits do not come out."""
+    return (
+        f"{distinct} distinct prompts do not give {dev} for dev (val.prompts), {heldout} held out "
+        "(prompts.heldout) and one to train on: give more prompts, or lower these"
+    )
 
 
 class PromptData(LightningDataModule):
@@ -126,8 +90,9 @@ class PromptData(LightningDataModule):
             raise ValueError(f"batch_size={batch_size}, seeds_per_prompt={seeds_per_prompt}: accepted: 1 or more")
         if not train:
             raise ValueError("no prompt to train on")
-        self.splits = {"train": list(train), "dev": list(dev), "heldout": list(heldout)}
-        self._refuse_overlap()
+        streamed = isinstance(train, StreamedPrompts)  # holds no prompt of the others by itself
+        self.splits = {"train": train if streamed else list(train), "dev": list(dev), "heldout": list(heldout)}
+        self._refuse_overlap(list(self.splits)[streamed:])
         self.batch_size, self.seeds_per_prompt, self.seed, self.workers = batch_size, seeds_per_prompt, seed, workers
         self.images, self.pixels = images, 0
 
@@ -190,11 +155,12 @@ class PromptData(LightningDataModule):
         heldout: int = 256,
         **options,
     ) -> PromptData:
-        """Prompts of a file, split by a fixed shuffle that does not depend on the run's seed."""
+        """Prompts of a file, split by a fixed shuffle that does not depend on the run's seed; a large one is read by row."""
+        if is_large(path):
+            return cls(**split_stream(StreamedPrompts(path, column, limit), dev, heldout), **options)
         return cls(**split_prompts(read_prompts(path, column, limit), dev, heldout), **options)
 
-    def _refuse_overlap(self) -> None:
-        names = list(self.splits)
+    def _refuse_overlap(self, names: list[str]) -> None:
         for index, name in enumerate(names):
             for other in names[index + 1 :]:
                 shared = set(self.splits[name]) & set(self.splits[other])
@@ -287,18 +253,18 @@ class EpochBatches:
             if number == done or batch == 0:
                 order = self._order(epoch)
             begin = (batch * self.world + self.rank) * self.data.batch_size
-            yield [(row, epoch) for row in order[begin : begin + self.data.batch_size]]
+            yield [(row, epoch) for row in order[begin : begin + self.data.batch_size].tolist()]
 
-    def _order(self, epoch: int) -> list[int]:
+    def _order(self, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(derive_seed(self.data.seed, 15, epoch))
-        return torch.randperm(self.rows, generator=generator).tolist()
+        return torch.randperm(self.rows, generator=generator)
 
 
 @dataclass(frozen=True)
 class _Rows(Dataset):
     """(row, epoch) -> prompt and noise seed; plain data, for it is sent to the workers."""
 
-    prompts: list[str]
+    prompts: Sequence[str]
     seed: int
     seeds_per_prompt: int
     images: Callable[[int, int], Tensor] | None = None

@@ -205,7 +205,7 @@ def test_zero_terminal_snr_works_for_v_prediction_only():
         ({"guidance_scale": -1.0}, "guidance_scale=-1.0, accepted: 0 or more"),
         ({"guidance_scale": np.nan}, "guidance_scale=nan"),
         ({"timestep_spacing": "karras"}, "'karras', accepted: leading, trailing, linspace"),
-        ({"keep_activations": "some"}, "'some', accepted: 'all', 'none' or a number"),
+        ({"keep_activations": "some"}, "'some', accepted: 'auto', 'all', 'none' or a number"),
         ({"keep_activations": -1}, "keep_activations=-1"),
         ({"keep_activations": True}, "keep_activations=True"),
         ({"steps": 1000, "timestep_spacing": "leading"}, "starts at t=1000"),

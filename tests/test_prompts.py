@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from tc_lightning import prompt_files
 from tc_lightning.noise import gaussian
+from tc_lightning.prompt_files import StreamedPrompts
 from tc_lightning.prompts import EpochBatches, PromptData, fixed_seed, read_prompts, split_prompts
 from tc_lightning.tiny.captions import read
 from tc_lightning.tiny.shapes import split_of
@@ -195,3 +197,87 @@ def test_long_prompts_are_told_once_with_their_number():
 def test_prompts_survive_a_round_through_json(tmp_path):
     (tmp_path / "all.json").write_text(json.dumps(PROMPTS))
     assert PromptData.file(tmp_path / "all.json", dev=4, heldout=4).splits == split_prompts(PROMPTS, 4, 4)
+
+
+def csv_of(prompts, path):
+    """As Python's csv writer quotes them, with a second column."""
+    import csv
+
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("prompt", "raw_data"), *((prompt, f'{{"a": "{n}\n"}}') for n, prompt in enumerate(prompts))])
+    return path
+
+
+HARD = ["plain", 'with "quotes", and commas', "two\nlines", "naïve 猫 \u2028 end", "  spaces ", "last"]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 2**24])
+@pytest.mark.parametrize("ending", ["\r\n", "\n"])
+def test_rows_of_a_stream_are_those_that_are_read_whole(ending, chunk, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompt_files, "CHUNK", chunk)
+    path = csv_of(HARD, tmp_path / "a.csv")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\r\n", ending.encode()))
+    streamed = StreamedPrompts(path)
+    assert list(streamed) == read_prompts(path) == [prompt.strip() for prompt in HARD]
+    assert streamed[-1] == "last" and streamed[1:3] == list(streamed)[1:3] and len(streamed) == 6
+    assert list(pickle.loads(pickle.dumps(streamed))) == list(streamed)
+    assert list(StreamedPrompts(path, limit=2)) == read_prompts(path, limit=2)
+
+
+@pytest.mark.parametrize("text", ["one\n\n  two \r\nthree", "one\ntwo\nthree\n\n"])
+def test_lines_of_a_stream(text, tmp_path):
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    streamed = StreamedPrompts(tmp_path / "a.txt")
+    assert dict.fromkeys(streamed) == dict.fromkeys(read_prompts(tmp_path / "a.txt")), "a blank row stands for the next one"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"id,text\n1,one\n", "no column 'prompt': it has id, text"),
+        (b"prompt\n", "holds no prompt"),
+        (b"prompt\n\n  \n", "holds no prompt"),
+        (b'prompt\n"one\ntwo\n', "a quote that is never closed"),
+        ("prompt\ncafé".encode("latin-1"), r"not UTF-8 \(byte 10\).*iconv"),
+    ],
+)
+def test_a_bad_large_file_has_one_clear_error(content, words, tmp_path):
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        StreamedPrompts(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.full)])
+def test_a_large_file_is_split_without_overlap_and_its_batches_are_numbered(workers, tmp_path, monkeypatch):
+    """Duplicates of what is held out are not trained on either; any batch can be the next one."""
+    monkeypatch.setattr(prompt_files, "LARGE", 1)
+    path = csv_of(PROMPTS * 3, tmp_path / "a.csv")
+    data = PromptData.file(path, dev=4, heldout=8, batch_size=4, workers=workers)
+    aside = {*data.splits["dev"], *data.splits["heldout"]}
+    assert len(aside) == 12 and isinstance(data.splits["train"], StreamedPrompts)
+    whole = rows(data, epochs=2)
+    assert len(whole) == 2 * 72 and {prompt for prompt, _ in whole} == set(PROMPTS) - aside
+    assert rows(data, done=20)[: 4 * 16] == whole[80 : 80 + 64]
+    assert PromptData.file(path, dev=4, heldout=8, seed=5).splits["dev"] == data.splits["dev"]
+    with pytest.raises(ValueError, match="24 distinct prompts do not give .* give more prompts, or lower these"):
+        PromptData.file(path, dev=4, heldout=20)
+
+
+def test_of_a_large_file_only_the_places_of_rows_stay_in_memory(tmp_path, monkeypatch):
+    """8 bytes a row, 8 more for an epoch's order; not the text."""
+    import tracemalloc
+
+    monkeypatch.setattr(prompt_files, "LARGE", 1)
+    monkeypatch.setattr(prompt_files, "CHUNK", 2**18)
+    count = 20_000
+    (tmp_path / "a.csv").write_text("prompt,raw_data\n" + "".join(f'"a circle, number {n}","{"x" * 200}"\n' for n in range(count)))
+    tracemalloc.start()
+    try:
+        data = PromptData.file(tmp_path / "a.csv", dev=4, heldout=4, batch_size=4)
+        batch = next(iter(data.train_dataloader()))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(batch["prompts"]) == 4 and len(data.splits["train"]) == count
+    size = (tmp_path / "a.csv").stat().st_size
+    assert peak < 3 * 8 * count + 6 * 2**18 < size / 2

@@ -22,6 +22,7 @@ from tc_lightning.callbacks import CleanStop, checkpoints
 from tc_lightning.checkpoint_io import VerifiedCheckpointIO, read_checkpoint
 from tc_lightning.cli.record import git_commit, redacted
 from tc_lightning.guard import Guard
+from tc_lightning.precision import set_matmul, speed_up
 from tc_lightning.prefix import PrefixCache
 from tc_lightning.prompts import PromptData
 from tc_lightning.ranks import RankWatch
@@ -97,7 +98,9 @@ def build_backbone(cfg: DictConfig) -> Backbone:
             "the UNet stage trains on the frozen text encoder of a finished text run: backbone.text_encoder=<run folder> "
             f"tune.text_encoder=frozen (now {cfg.backbone.get('text_encoder')}, {cfg.tune.text_encoder})"
         )
+    set_matmul(cfg.matmul)
     backbone = instantiate(cfg.backbone)
+    speed_up(backbone.unet, backbone.vae, cfg.compile, cfg.channels_last)
     return backbone.tune(**cfg.tune, seed=cfg.seed)
 
 

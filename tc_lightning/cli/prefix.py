@@ -36,6 +36,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False, default_root_dir=str(folder))
     module.to(trainer.strategy.root_device)
     with trainer.precision_plugin.forward_context():  # what a record is worth depends on the precision it is made in
+        module.lower_frozen(trainer.precision)
         module.open_prefix()
         card = _fill(cfg, module, data, trainer)
     record.write_record(folder, {"verb": "prefix", "git": record.git_commit(), "versions": record.versions(), **card})

@@ -33,6 +33,9 @@ def tower_pixels(images: Tensor, size: int, mean: Sequence[float], std: Sequence
     [0, 1]; hpsv2 ("pad") resizes floating-point pixels and keeps it.
     """
 
+    if fit == "crop_down" and images.shape[-2] == images.shape[-1]:
+        fit = "crop"  # of a square there is no margin: towers that differ in this alone share the resized pixels
+
     def make() -> Tensor:
         if fit in ("crop", "crop_down"):
             scaled = resize_short_side(images, size)
