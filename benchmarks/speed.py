@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -43,7 +44,6 @@ MEASURED = {
     "lora kept": "ours --unet_lora --keep all",
     "lora recomputed": "ours --unet_lora --keep none",
     "trl": "trl",
-    "trl recomputed": "trl --checkpoint",
 }
 # label, cost of, over cost of: the ratio says how many times cheaper the second is
 RATIOS = (
@@ -59,7 +59,7 @@ RATIOS = (
     ("e  plain / compiled", "kept", "compiled"),
     ("f  Lightning / bare loop", "lightning", "kept"),
     ("a  TRL / UNet LoRA, kept", "trl", "lora kept"),
-    ("a  TRL recomputed / UNet LoRA, recomputed", "trl recomputed", "lora recomputed"),
+    ("a  TRL / UNet LoRA, recomputed", "trl", "lora recomputed"),
 )
 DEFAULT_ROWS = ["naive", "fp32 cold", "fp32 warm", "bf16 cold", "bf16 warm", "recomputed", "kept", "channels last", "lightning"]
 
@@ -132,7 +132,7 @@ def machine(s: dict) -> str:
         cpu = next((line.split(": ")[1] for line in text.splitlines() if line.startswith("model name")), cpu)
         flags = " ".join(flag for flag in ("avx512_bf16", "amx_bf16", "amx_tile") if flag in text) or "none"
     device = torch.cuda.get_device_name() if s["device"] == "cuda" else f"{cpu} (bf16: {flags}), {torch.get_num_threads()} threads"
-    load = "/".join(f"{value:.1f}" for value in __import__("os").getloadavg())
+    load = "/".join(f"{value:.1f}" for value in os.getloadavg())
     return f"{device}; load {load}; torch {torch.__version__}; {time.strftime('%Y-%m-%d %H:%M')} UTC"
 
 
@@ -175,7 +175,7 @@ def main() -> None:
     if s["device"] == "cuda":
         print(on_gpu(s))
         return
-    rows = s["rows"].split(",") if s["rows"] else DEFAULT_ROWS + (["lora kept", "trl"] if s["trl"] else [])
+    rows = s["rows"].split(",") if s["rows"] else DEFAULT_ROWS + (["lora kept", "lora recomputed", "trl"] if s["trl"] else [])
     out = Path(s["out"] or tempfile.mkstemp(suffix=".jsonl")[1])
     for pair in range(s["pairs"]):
         with tempfile.TemporaryDirectory() as cache:

@@ -12,6 +12,8 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import nn
 
+from tc_lightning.prompt_files import StreamedPrompts
+
 KEPT = ("config", "overrides", "versions", "git", "hashes")
 # of a run that is resumed; the others (how long, how often, where to) may change
 FIXED = ("seed", "method.", "backbone.", "reward.", "constraint.", "schedule.", "optimizer.", "tune.")
@@ -19,8 +21,9 @@ FIXED += tuple(f"chain.{name}" for name in ("steps", "guidance_scale", "timestep
 
 
 def hash_prompts(splits: Mapping[str, Sequence[str]]) -> str:
-    """16 hexadecimal digits of all prompts in their order and split."""
-    return hashlib.blake2b(json.dumps({k: list(v) for k, v in splits.items()}).encode(), digest_size=8).hexdigest()
+    """16 hexadecimal digits of all prompts in their order and split; of a file that is read by row, its own digest."""
+    told = {k: v.digest() if isinstance(v, StreamedPrompts) else list(v) for k, v in splits.items()}
+    return hashlib.blake2b(json.dumps(told).encode(), digest_size=8).hexdigest()
 
 
 @torch.no_grad()

@@ -259,7 +259,10 @@ def test_a_large_file_is_split_without_overlap_and_its_batches_are_numbered(work
     assert len(whole) == 2 * 72 and {prompt for prompt, _ in whole} == set(PROMPTS) - aside
     assert rows(data, done=20)[: 4 * 16] == whole[80 : 80 + 64]
     assert PromptData.file(path, dev=4, heldout=8, seed=5).splits["dev"] == data.splits["dev"]
-    with pytest.raises(ValueError, match="24 distinct prompts do not give .* give more prompts, or lower these"):
+    digest = data.splits["train"].digest()
+    path.write_bytes(path.read_bytes().replace(b"number 7", b"number 8"))
+    assert PromptData.file(path, dev=4, heldout=8).splits["train"].digest() != digest
+    with pytest.raises(ValueError, match="23 distinct prompts do not give .* give more prompts, or lower these"):
         PromptData.file(path, dev=4, heldout=20)
 
 

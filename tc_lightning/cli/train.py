@@ -20,6 +20,7 @@ from tc_lightning.callbacks import BeforeAfter, SampleGrid
 from tc_lightning.checkpoint_io import previous, read_checkpoint
 from tc_lightning.cli import build, record, rerun
 from tc_lightning.cli.errors import settings
+from tc_lightning.cli.plan import show_plan
 from tc_lightning.guard import Guard, is_out_of_memory, memory_advice
 from tc_lightning.prompts import PromptData
 from tc_lightning.provenance import Provenance, hashes, refuse_changes
@@ -30,6 +31,8 @@ from tc_lightning.trainable import check_names, trainable_names
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Run the verb in Hydra's output folder; returns the run's record."""
     build.quiet()
+    if cfg.plan:
+        return show_plan(cfg)
     folder = Path(HydraConfig.get().runtime.output_dir)
     held = None
     with settings():
