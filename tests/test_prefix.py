@@ -223,6 +223,21 @@ def test_refused_where_it_would_be_wrong(options, words, make, tmp_path):
         make(PrefixCache(tmp_path), **options)
 
 
+@pytest.mark.parametrize("method", ["DDPO", "Direct"])
+def test_methods_that_sample_with_the_weights_of_the_moment_are_refused(method):
+    from omegaconf import OmegaConf
+
+    from tc_lightning.cli.build import build_prefix
+
+    cfg = OmegaConf.create(
+        {"cache": {"dir": "x", "max_gb": None, "dtype": "float32"}, "method": {"_target_": f"tc_lightning.{method}"}}
+    )
+    with pytest.raises(ValueError, match=f"{method} has none: .* cache.dir=null"):
+        build_prefix(cfg)
+    cfg.method._target_ = "tc_lightning.TextCraftor"
+    assert isinstance(build_prefix(cfg), PrefixCache)
+
+
 def test_length_is_what_neither_gradient_nor_tuned_text_reaches():
     assert (prefix_length(20, 20), prefix_length(20, 10), prefix_length(5, 20)) == (20, 10, 5)
 

@@ -8,6 +8,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from tc_lightning.cli import build, record
+from tc_lightning.module import TextCraftor
 from tc_lightning.planner import plan
 
 
@@ -17,6 +18,8 @@ def show_plan(cfg: DictConfig) -> dict[str, Any]:
     backbone = build.build_backbone(cfg)
     data = build.build_data(cfg, backbone)
     module = build.build_method(cfg, backbone)
+    if not isinstance(module, TextCraftor):
+        raise ValueError(f"plan=true counts a step of method=textcraftor, not of {type(module).__name__}")
     trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False)
     module.to(trainer.strategy.root_device)
     steps = cfg.max_steps * trainer.accumulate_grad_batches
