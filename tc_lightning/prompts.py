@@ -44,7 +44,8 @@ def split_stream(prompts: StreamedPrompts, dev: int, heldout: int, seed: int = 0
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, 11))
     drawn: dict[str, None] = {}
-    for row in torch.randperm(len(prompts), generator=generator):
+    # as numpy: to walk along a tensor makes one of each number
+    for row in torch.randperm(len(prompts), generator=generator).numpy():
         if len(drawn) == dev + heldout:
             break
         drawn.setdefault(prompts[int(row)])
