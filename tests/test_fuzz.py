@@ -282,12 +282,6 @@ def overrides(count, place, valid):
     assert {file.name for file in folder.iterdir()} <= {"run.json", "train.log", ".lock"}
 
 
-@pytest.mark.full
-@pytest.mark.timeout(900)
-def test_malformed_overrides(place):
-    overrides(16, place, 3)
-
-
 @pytest.mark.extended
 @pytest.mark.timeout(3600)
 def test_many_malformed_overrides(place):
