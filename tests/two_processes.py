@@ -40,7 +40,7 @@ def fit(folder: Path, batch_size: int, accumulate: int = 1, unet: str = "frozen"
     options |= {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.0)}
     reward = tc.RewardMix(preference=rewards.tiny_preference())
     if ddpo:
-        module = tc.DDPO(backbone, reward, steps=3, tuned_fraction=1.0, samples_per_prompt=2, kl_weight=0.1, **options)
+        module = tc.DDPO(backbone, reward, steps=2, tuned_fraction=1.0, samples_per_prompt=2, kl_weight=0.1, **options)
     else:
         module = tc.TextCraftor(backbone, reward, schedule=tc.LastK(1), steps=2, **options)
     keep = Keep()
@@ -76,7 +76,7 @@ def main(folder: Path) -> None:
         "text": fit(folder, 4 // world, steps=3),
         "accumulated": fit(folder, 2 // world, accumulate=2),
         "unet": fit(folder, 4 // world, unet="full"),
-        "ddpo": fit(folder, 4 // world, steps=3, ddpo=True),
+        "ddpo": fit(folder, 4 // world, steps=2, ddpo=True),
     }
     torch.save(cases, folder / f"{rank}.pt")
 
