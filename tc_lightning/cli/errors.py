@@ -107,6 +107,8 @@ def _explain(error: Exception, verb: str) -> str:
     option = re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", message)
     if option:
         return _unknown_option(*option.groups())
+    if (word := getattr(error, "override", None)) and word not in message:  # Hydra's parser names the bad letter only
+        return f"override {word!r}: {message}"
     key = re.search(r"Could not override '([^']+)'", message)
     return _unknown_key(key.group(1), verb) if key else _missing(error)
 
