@@ -39,8 +39,8 @@ KINDS = {
     "shapes": r"the checkpoint's \S+ is \(",
     "unknown option": r"no \w+=\S*: accepted are",
     "unknown key": "no key '",
-    "number": "accepted is a number",
-    "override's grammar": "Error parsing override|mismatched input|token recognition|extraneous input|no viable alternative",
+    "number": "accepted is a (whole )?number",
+    "override's grammar": "Error parsing override|mismatched|token recognition|extraneous|no viable alternative|LexerNo",
     "composition": "Could not|In '|not in struct|Error merging|Ambiguous|Multiple values|Unsupported",
     "secret": "holds a secret",
 }
