@@ -113,12 +113,10 @@ def _mixing(gr: Any, playground: Playground) -> None:
             alone = gr.Checkbox(False, label="Also each text encoder alone")
             live = gr.Checkbox(True, label="Sample when a slider moves")
             go = gr.Button("Make pictures", variant="primary", elem_id="go")
-            with gr.Row(equal_height=True):
-                which = gr.Dropdown(playground.names, value=playground.names[0], label="Strip over", min_width=120)
-                strip = gr.Button("Make strip", elem_id="strip", min_width=120)
-            with gr.Row(equal_height=True):
-                name = gr.Textbox(label="Name", placeholder="my mix", min_width=120, elem_id="mix-name")
-                save = gr.Button("Save this mix as an encoder", elem_id="save", min_width=120)
+            which = gr.Dropdown(playground.names, value=playground.names[0], label="A strip over one slider")
+            strip = gr.Button("Make strip", elem_id="strip")
+            name = gr.Textbox(label="Name of this mix", placeholder="my mix", elem_id="mix-name")
+            save = gr.Button("Save this mix as an encoder", elem_id="save")
         with gr.Column(scale=5, min_width=300):
             status = gr.HTML(markup.message("Write a prompt and press Enter."), elem_id="status")
             shown = gr.HTML(elem_id="pictures")
@@ -139,7 +137,7 @@ def _mixing(gr: Any, playground: Playground) -> None:
 
     work = {"concurrency_id": "model", "show_progress": "minimal", "show_progress_on": [shown], **HIDDEN}
     for event in (go.click, prompt.submit, seed.submit):
-        event(compare, [alone, *settings], outputs, **work)
+        event(compare, [alone, *settings], outputs, scroll_to_output=True, **work)
     for slider in sliders:
         slider.change(lambda *weights: _rest(Trial("", weights)), sliders, rest, queue=False, show_progress="hidden", **HIDDEN)
         slider.input(only_live, [live, alone, *settings], outputs, trigger_mode="always_last", **work)

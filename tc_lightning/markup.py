@@ -22,9 +22,9 @@ STYLE = """
 .tc-figures img, .tc-pair img {width: 100%; image-rendering: pixelated; border-radius: 4px; display: block}
 .tc-figures figcaption {font-weight: 600; margin: 6px 0 2px; overflow-wrap: anywhere}
 .tc-figures dl {margin: 0; font-size: .85em} .tc-figures dl div {display: flex; flex-wrap: wrap; gap: 0 8px}
-.tc-figures dt {margin-right: auto; overflow-wrap: anywhere} .tc-figures dd {margin: 0}
-.tc-figures dd.up {color: #1a7f37} .tc-figures dd.down {color: #b3261e}
-.dark .tc-figures dd.up {color: #5fd07f} .dark .tc-figures dd.down {color: #ff8a80}
+.tc-figures dt {overflow-wrap: anywhere} .tc-figures dd {margin: 0 0 0 auto; white-space: nowrap}
+.tc-figures .up {color: #1a7f37} .tc-figures .down {color: #b3261e}
+.dark .tc-figures .up {color: #5fd07f} .dark .tc-figures .down {color: #ff8a80}
 .tc-figures a, .tc-links a {font-size: .85em; text-decoration: underline}
 .tc-message {padding: 8px 12px; border-radius: 8px; border-left: 4px solid #4c6a92; background: var(--background-fill-secondary)}
 .tc-message.error {border-left-color: #b3261e; font-weight: 600} .tc-message.done {border-left-color: #1a7f37}
@@ -33,7 +33,7 @@ STYLE = """
 .tc-question {font-size: 1.15em; font-weight: 600; margin: 8px 0} .tc-prompt {margin: 4px 0 12px; overflow-wrap: anywhere}
 .tc-table {border-collapse: collapse; margin-top: 8px} .tc-table td, .tc-table th {border: 1px solid var(--border-color-primary);
  padding: 4px 10px; text-align: right} .tc-table th:first-child, .tc-table td:first-child {text-align: left}
-.tc-scroll {overflow-x: auto} #history img {image-rendering: pixelated}
+.tc-scroll {overflow-x: auto} #history img {image-rendering: pixelated} #history .grid-wrap {min-height: 0; padding-top: 30px}
 """
 
 
@@ -74,7 +74,8 @@ def _figure(picture: Picture, first: Picture, prompt: str) -> str:
 def _score(name: str, value: float, first: float | None, is_first: bool) -> str:
     apart = "" if is_first or first is None else f"{value - first:+.2f}"
     kind = "" if not apart else "up" if value - first > 0.005 else "down" if value - first < -0.005 else ""
-    return f'<div><dt>{escape(name)}</dt><dd>{value:.2f}</dd><dd class="{kind}">{apart}</dd></div>'
+    difference = f' <span class="{kind}">{apart}</span>' if apart else ""
+    return f"<div><dt>{escape(name)}</dt><dd>{value:.2f}{difference}</dd></div>"
 
 
 def png(picture: Picture) -> bytes:

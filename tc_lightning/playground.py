@@ -99,7 +99,7 @@ class Playground:
 
     def first_trial(self, prompt: str = "") -> Trial:
         """What the page opens with: an even mixture of the original and all."""
-        share = round(1 / (len(self.tuned) + 1), 2)
+        share = round(round(20 / (len(self.tuned) + 1)) / 20, 2)  # where a slider of steps of .05 can stand
         known = {name: self.chain[name] for name in ("steps", "guidance_scale", "tuned_fraction") if name in self.chain}
         return Trial(prompt, (share,) * len(self.tuned), **known)
 

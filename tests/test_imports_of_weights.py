@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tc_lightning import single_file
-from tc_lightning.backbone import TINY, Backbone, BackboneError, save_model
+from tc_lightning.backbone import TINY, TUNED, Backbone, BackboneError, save_model, shipped
 from tc_lightning.weights import WeightsError, read_text_encoder
 
 PROMPTS = ["", "a red circle on the left", "two blue squares"]
@@ -193,3 +193,24 @@ def test_pickled_code_is_not_run(tmp_path):
 def test_a_missing_run(tmp_path):
     with pytest.raises(BackboneError, match="no such folder or file"):
         Backbone.load("tiny", text_encoder=tmp_path / "nowhere")
+
+
+class TestShipped:
+    """The tuned text encoders that ship with the embedded model, by name."""
+
+    def test_a_name_is_a_run(self):
+        named, folder = Backbone.load("tiny:aesthetic"), Backbone.load(TUNED / "aesthetic")
+        assert torch.equal(named.encode(PROMPTS), folder.encode(PROMPTS))
+        assert not torch.equal(named.encode(PROMPTS), Backbone.load("tiny").encode(PROMPTS))
+        assert named.base_record["source"] == "tiny" and named.source["run"] == "tiny:aesthetic"
+        again = Backbone.load(**named.source)
+        assert torch.equal(again.encode(PROMPTS), named.encode(PROMPTS))
+
+    def test_as_text_encoder(self):
+        taken = Backbone.load("tiny", text_encoder="tiny:clip")
+        assert torch.equal(taken.encode(PROMPTS), Backbone.load("tiny:clip").encode(PROMPTS))
+
+    def test_an_unknown_name_lists_the_known(self):
+        assert shipped() == ["tiny:aesthetic", "tiny:clip", "tiny:preference"]
+        with pytest.raises(BackboneError, match="no tiny:loud ships .* tiny, tiny:aesthetic, tiny:clip, tiny:preference"):
+            Backbone.load("tiny:loud")

@@ -181,3 +181,16 @@ class TestWheel:
 
         assert [line[6:] for line in done.stdout.splitlines() if line.startswith("found ")] == list(VERBS)
         assert "hydra_plugins.tc_lightning.PoolLauncher" in done.stdout and "1 image" in done.stdout
+
+    def test_holds_the_tuned_text_encoders_and_stays_small(self, installed, run_python, tmp_path):
+        weights = installed / "tc_lightning" / "tiny" / "weights"
+        assert sum(file.stat().st_size for file in weights.rglob("*") if file.is_file()) < 15e6, "bytes"
+        code = (
+            "import torch, tc_lightning as tc; from tc_lightning.backbone import shipped\n"
+            "found = {name: tc.Backbone.load(name).encode(['a circle']) for name in ['tiny', *shipped()]}\n"
+            "assert all(torch.isfinite(e).all() for e in found.values())\n"
+            "print(*shipped(), len({float(e.sum()) for e in found.values()}))"
+        )
+        done = run_python("-c", code, path=[installed])
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split()[-4:] == ["tiny:aesthetic", "tiny:clip", "tiny:preference", "4"]

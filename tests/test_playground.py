@@ -121,6 +121,12 @@ def test_refused_with_a_word(changes, message, playground):
     assert playground.history == [] and not playground.folder.exists(), "nothing was sampled or written"
 
 
+def test_the_first_trial_stands_where_sliders_can(playground):
+    first = playground.first_trial("a")
+    assert first.weights == (0.35, 0.35) and first.all_weights == (0.3, 0.35, 0.35) and first.steps == 2
+    assert playground.check(first) == first
+
+
 def test_notes(playground):
     assert playground.note(trial()) == ""
     assert "reads the first 32" in playground.note(trial(prompt="a red circle " * 20))
@@ -147,7 +153,7 @@ class TestMarkup:
 
     def test_scores_and_their_difference(self):
         made = markup.figures(self.PICTURES, "a")
-        assert "<dd>0.50</dd>" in made and '<dd>0.25</dd><dd class="down">-0.25</dd>' in made
+        assert "<dd>0.50</dd>" in made and '<dd>0.25 <span class="down">-0.25</span></dd>' in made
 
     def test_nothing_is_fetched(self):
         made = markup.figures(self.PICTURES, "a", {"prompt": "a"})

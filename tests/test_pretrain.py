@@ -2,11 +2,14 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+from tc_lightning.backbone import TINY, Backbone
 from tc_lightning.pretrain import GATES, missed, pretrain
 from tc_lightning.pretrain.aesthetic import colourfulness, make_head
 from tc_lightning.pretrain.stage import Workshop, fit
@@ -116,7 +119,7 @@ def test_no_path_of_a_machine_is_shipped(root):
 
 def test_the_shipped_model_is_small(root):
     weights = root / "tc_lightning" / "tiny" / "weights"
-    assert sum(file.stat().st_size for file in weights.rglob("*") if file.is_file()) < 15 * 2**20
+    assert sum(file.stat().st_size for file in weights.rglob("*") if file.is_file()) < 15e6, "bytes"
 
 
 def test_tokenizer_holds_captions_and_any_other_text(tmp_path):
@@ -164,8 +167,9 @@ def test_colourfulness_is_hasler_and_suesstrunks():
 @pytest.fixture
 def tiny_effort(monkeypatch):
     """A few steps of small batches, and measurements on a handful of images."""
-    from tc_lightning.pretrain import clip, preference, unet, vae
+    from tc_lightning.pretrain import clip, preference, tuned, unet, vae
 
+    monkeypatch.setattr(tuned, "STYLES", {"aesthetic": (4.0, 30.0, 1)})
     for module in (vae, unet):
         monkeypatch.setattr(module, "BATCH", 4)
     monkeypatch.setattr(preference, "BATCH", 2)
@@ -181,7 +185,7 @@ def tiny_effort(monkeypatch):
     monkeypatch.setattr(preference.Pairs, "decided", lambda self: list(range(len(self.prompts))))
 
 
-STAGES = ("vae", "decoder", "clip", "unet", "preference", "aesthetic")
+STAGES = ("vae", "decoder", "clip", "unet", "preference", "aesthetic", "tuned")
 
 
 @pytest.mark.full
@@ -227,10 +231,31 @@ def test_all_stages_complete_and_equal_a_run_that_was_killed_between_and_within_
     torch.set_num_threads(threads)
 
     files = sorted(file.relative_to(whole) for file in whole.rglob("*") if file.suffix in (".safetensors", ".pth"))
-    assert len(files) == 6
+    assert len(files) == 7
     for file in files:
         assert (whole / file).read_bytes() == (parts / file).read_bytes(), file
 
     pipe = StableDiffusionPipeline.from_pretrained(whole)
     assert pipe.unet.dtype == torch.float32 or pipe.unet.dtype == torch.float16
     assert tc.generate(tc.Backbone.load(whole), ["a red circle"], [0], steps=2).shape == (1, 3, 32, 32)
+
+
+@pytest.mark.full
+def test_the_stage_of_tuned_text_encoders(tmp_path, monkeypatch):
+    """On a copy of the shipped model: adapters in fp16, a run that names its base by the folder it lies in, and figures."""
+    from tc_lightning.pretrain import tuned
+
+    shop = quiet(shutil.copytree(TINY, tmp_path / "model", ignore=shutil.ignore_patterns("tuned")), effort=0.02)
+    monkeypatch.setattr(tuned, "STYLES", {"clip": (30.0, 0.0, 100)})
+    tuned.train_tuned(shop)
+    run = tmp_path / "model" / "tuned" / "clip"
+    assert {value.dtype for value in load_file(run / "lora" / "text_encoder" / "adapter_model.safetensors").values()} == {
+        torch.float16
+    }
+    loaded = Backbone.load(run)
+    assert loaded.base_record["source"] == str((tmp_path / "model").resolve())
+    assert not torch.equal(loaded.encode(["a red circle"]), Backbone.load("tiny").encode(["a red circle"]))
+    assert str(tmp_path) not in "".join(file.read_text() for file in run.rglob("*.json"))
+    assert set(shop.quality["tuned"]) == {f"{model}_{score}" for model in ("base", "clip") for score in ("tiny_clip", "strict")}
+    monkeypatch.setattr(tuned, "tune", None)
+    tuned.train_tuned(shop)  # what is done is not trained again

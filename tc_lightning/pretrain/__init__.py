@@ -40,6 +40,8 @@ def pretrain(shop: Workshop) -> dict[str, dict[str, float]]:
         "aesthetic": train_aesthetic,
         "tuned": train_tuned,
     }
+    if not (shop.folder / "tuned").is_dir():  # to make these anew, delete them
+        shop.quality.pop("tuned", None)
     for name, train in stages.items():
         if not shop.done(name):
             train(shop)

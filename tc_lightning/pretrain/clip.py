@@ -37,6 +37,7 @@ class CLIPWithFacts(nn.Module):
 def train_clip(shop: Workshop, tokenizer: CLIPTokenizer) -> None:
     """Contrastive loss over 2 x 64 pairs plus the attribute losses."""
     torch.manual_seed(derive_seed(shop.seed, 2))
+    tokenizer.save_pretrained(shop.folder / "clip")  # as a reward it is a model of its own
     model = CLIPWithFacts(make_clip(tokenizer))
 
     def loss(step: int) -> Tensor:

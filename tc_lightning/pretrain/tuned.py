@@ -25,8 +25,8 @@ from tc_lightning.schedules import FullChain
 from tc_lightning.tiny.model import SAMPLING
 from tc_lightning.tiny.shapes import captions
 
-# name: weight of its reward, weight of the CLIP constraint, steps; the aesthetic one's chosen on dev prompts, to be seen and not to
-# collapse: weight 1 lifts the rating by .2, weight 8 by .6 and then a quarter of the pictures no longer obey
+# name: weight of its reward, weight of the CLIP constraint, steps. The aesthetic weight lies between two that were tried on 96 dev
+# prompts, 60 steps each: at 1 the rating was 4.74 and strict obedience .56, at 8 they were 5.16 and .29
 STYLES = {"preference": (1.0, 30.0, 80), "aesthetic": (4.0, 30.0, 50), "clip": (30.0, 0.0, 50)}
 RANK, LEARNING_RATE, WARMUP = 8, 1e-3, 15
 HELDOUT = 128  # prompts that the shipped files are measured on
