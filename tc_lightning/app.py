@@ -135,7 +135,7 @@ def _mixing(gr: Any, playground: Playground) -> None:
     def make_strip(which: str, *values: Any, progress: Any = gr.Progress()) -> tuple:  # noqa: B008
         return _told(_strip, playground, _trial(values), which, progress, blank=1)
 
-    work = {"concurrency_id": "model", "show_progress": "minimal", "show_progress_on": [shown], **HIDDEN}
+    work = {"concurrency_id": "model", "show_progress": "full", "show_progress_on": [shown], **HIDDEN}
     for event in (go.click, prompt.submit, seed.submit):
         event(compare, [alone, *settings], outputs, scroll_to_output=True, **work)
     for slider in sliders:

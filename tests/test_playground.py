@@ -144,6 +144,24 @@ def test_the_command_makes_the_same_picture(prompt, playground, monkeypatch, tmp
     assert torch.equal(load_png(tmp_path / "again" / "00" / "0000_3.png"), (made * 255).round() / 255)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["run=/nowhere/at/all"], "no such folder or file: /nowhere/at/all"),
+        (["run=tiny:loud"], "no tiny:loud ships"),
+        (["run=[tiny:clip]", "names=[a,b]"], "2 names for 1 text encoders"),
+        (["images=/nowhere"], "/nowhere holds no finished evaluation"),
+    ],
+)
+def test_mistakes_of_the_verb_are_one_message(settings, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["tc_lightning", "app", *settings])
+    with pytest.raises(SystemExit):
+        main()
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+
+
 class TestMarkup:
     PICTURES = (Picture("original", torch.zeros(3, 4, 4), {"clip": 0.5}), Picture("<b>", torch.ones(3, 4, 4), {"clip": 0.25}))
 
