@@ -40,7 +40,9 @@ def serve(tmp_path):
     def start(verb, *settings):
         command = [sys.executable, "-m", "tc_lightning", verb, f"hydra.run.dir={tmp_path / 'page'}", *settings]
         log = (tmp_path / "log.txt").open("w+")
-        running.append((subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path), log))
+        # a test run in the background of a shell ignores Ctrl-C, and so would the page
+        heeding = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+        running.append((subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path, **heeding), log))
         for _ in range(1500):
             time.sleep(0.2)
             said = (tmp_path / "log.txt").read_text()
@@ -53,7 +55,7 @@ def serve(tmp_path):
     for process, log in running:
         process.send_signal(signal.SIGINT)
         try:
-            assert process.wait(60) == 0, (tmp_path / "log.txt").read_text()
+            assert process.wait(180) == 0, (tmp_path / "log.txt").read_text()
         finally:
             process.kill()
             log.close()
