@@ -129,7 +129,7 @@ def test_counts_survive_a_resume():
 
 
 def test_a_limit_of_none_in_a_row_is_refused():
-    refused(door("train", *SMALL, "guard.nonfinite_steps=0"), "guard.nonfinite_steps=0: accepted is a number, at least 1")
+    refused(door("train", *SMALL, "guard.nonfinite_steps=0"), "guard.nonfinite_steps=0: accepted is a whole number, at least 1")
 
 
 @pytest.mark.full

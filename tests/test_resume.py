@@ -139,7 +139,7 @@ def test_validation_keeps_its_cadence(tmp_path):
 def test_a_checkpoint_of_another_run_is_one_clear_error(four, tmp_path):
     last = four / "checkpoints" / "last.ckpt"
     run = (*SMALL, f"ckpt_path={last}", f"hydra.run.dir={tmp_path / 'run'}")
-    refused(door("train", *run, "tune.text_encoder=lora"), "the checkpoint is of another run", "check backbone and tune")
+    refused(door("train", *run, "tune.text_encoder=lora"), "ckpt_path continues a run", "tune.text_encoder was full and is lora")
 
 
 def start(folder):
