@@ -175,3 +175,18 @@ def test_mistakes_of_the_verb_are_one_message(settings, message, tmp_path, monke
         main()
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
+
+
+@pytest.mark.full
+def test_rate_makes_its_images_in_two_processes(tmp_path, monkeypatch):
+    """The second process is an evaluation, which has other defaults and does not know the keys of rate."""
+    from small_runs import door
+
+    from tc_lightning.cli import rate
+
+    served = []
+    monkeypatch.setattr(rate, "serve_until_stopped", lambda cfg, folder, mixing, ratings: served.append(ratings))
+    small = ("bench.limit=2", "chain.steps=2", "micro_batch=2", "reward=[tiny_clip]", "processes=2", "rater=one", "limit=2")
+    done = door("rate", "run=[tiny,tiny:aesthetic]", *small, f"hydra.run.dir={tmp_path / 'rated'}")
+    assert done.status == 0, done.err
+    assert len(served) == 1 and len(list((tmp_path / "rated" / "images").rglob("*.png"))) == 4

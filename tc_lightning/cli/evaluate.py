@@ -24,6 +24,8 @@ from tc_lightning.evaluate import Evaluation, write_report
 from tc_lightning.report import Scores
 from tc_lightning.rewards.mix import RewardMix
 
+NOT_FOR_HELPERS = ("processes=", "shard=", "train=", "images=", "rater=", "limit=", "port=", "browser=")
+
 
 def run(cfg: DictConfig) -> Scores:
     """Evaluate into Hydra's output folder, or continue there; returns the scores."""
@@ -92,7 +94,9 @@ def _start_helpers(cfg: DictConfig, folder: Path, world: int) -> dict[Path, subp
 
     helpers = {}
     for rank in range(1, world):
-        overrides = [word for word in HydraConfig.get().overrides.task if not word.startswith(("processes=", "shard=", "train="))]
+        # rate evaluates too: its other defaults are said, its own keys left out
+        overrides = [f"seeds={cfg.seeds}", f"shown={cfg.shown}"]
+        overrides += [word for word in HydraConfig.get().overrides.task if not word.startswith(NOT_FOR_HELPERS)]
         overrides += [f"shard=[{rank},{world}]", f"hydra.run.dir={folder}", "hydra.output_subdir=null", "report=false"]
         if torch.cuda.device_count() > 1 and cfg.device == "auto":
             overrides.append(f"device=cuda:{rank % torch.cuda.device_count()}")
