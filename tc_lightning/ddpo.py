@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pytorch_lightning import LightningModule
 from pytorch_lightning.strategies import ParallelStrategy
 from torch import Tensor
 
@@ -21,7 +20,6 @@ from tc_lightning.noise import derive_seed, gaussian
 from tc_lightning.regularizers import on_unet
 from tc_lightning.rewards.base import Reward
 from tc_lightning.rewards.mix import RewardMix
-from tc_lightning.trainable import check_names, keep_trainable
 
 
 @dataclass
@@ -33,7 +31,7 @@ class Rollout:
     log_probs: Tensor
 
 
-class DDPO(LightningModule):
+class DDPO(method.Method):
     """Fine-tunes by policy gradient: a step of the chain is an action, its density is known where eta > 0.
 
     Rewards need no gradient. Each batch of prompts is sampled with `samples_per_prompt` images a prompt; the rewards become
@@ -219,38 +217,12 @@ class DDPO(LightningModule):
             usual, _ = self.distribution(x, noise_pred, i)
         return (0.5 * ((mean - usual) / std) ** 2).mean()
 
-    def on_train_start(self) -> None:
-        """Log the weights of the terms, once."""
-        method.log_weights(self)
-
-    def score(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Every score [B] by name."""
-        return method.all_scores(self, images, prompts)
-
-    def validation_step(self, batch: dict[str, list], batch_index: int) -> None:
-        """Score dev prompts sampled as at test time: without noise in the steps."""
-        method.log_validation(self, batch)
-
-    def sample(self, prompts: Sequence[str], seeds: Sequence[int], tuned: bool = True) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1] as at test time, or the original model's with `tuned=False` (text only)."""
-        return method.sample_images(self, prompts, seeds, tuned)
-
-    def configure_optimizers(self) -> Any:
-        """The optimizer over exactly the parameters that learn."""
-        return method.optimizers(self, self.optimizer, self.lr_scheduler)
-
-    def train(self, mode: bool = True) -> DDPO:
-        """Keep every network in eval mode."""
-        super().train(False)
-        self.training = mode
-        return self
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Frozen networks are not in a checkpoint, the prompts' statistics are."""
-        checkpoint["state_dict"] = keep_trainable(checkpoint["state_dict"], self)
+        super().on_save_checkpoint(checkpoint)
         checkpoint["prompt_statistics"] = self.statistics.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint whose names or shapes are not exactly the trainable ones."""
-        check_names(checkpoint["state_dict"], self)
+        super().on_load_checkpoint(checkpoint)
         self.statistics.load_state_dict(checkpoint.get("prompt_statistics", {}))

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from pytorch_lightning import LightningModule
 from torch import Tensor
 
 from tc_lightning import ddim, method
@@ -16,10 +15,9 @@ from tc_lightning.conditioning import tuned_from
 from tc_lightning.noise import derive_seed, gaussian
 from tc_lightning.rewards.base import Reward
 from tc_lightning.rewards.mix import RewardMix
-from tc_lightning.trainable import check_names, keep_trainable
 
 
-class Direct(LightningModule):
+class Direct(method.Method):
     """Fine-tunes on image-caption pairs: noise an image to a random t, predict x_0 in one guided UNet call, decode, score.
 
     The paper's comparison, which helps less than sampling from prompts: the reward sees pictures of real images, not the
@@ -100,40 +98,6 @@ class Direct(LightningModule):
         noise_pred = self.chain.noise_pred_at(x, t.to(x.device), kwargs)
         return ddim.predict_x0(x, noise_pred, alpha_bar, self.chain.prediction_type)
 
-    def on_train_start(self) -> None:
-        """Log the weights of the terms, once."""
-        method.log_weights(self)
-
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the gradient's norm before clipping, and the learning rate."""
         method.log_optimizer(self, optimizer)
-
-    def score(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Every score [B] by name."""
-        return method.all_scores(self, images, prompts)
-
-    def validation_step(self, batch: dict[str, list], batch_index: int) -> None:
-        """Score dev prompts sampled as at test time."""
-        method.log_validation(self, batch)
-
-    def sample(self, prompts: Sequence[str], seeds: Sequence[int], tuned: bool = True) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1] as at test time, or the original model's with `tuned=False` (text only)."""
-        return method.sample_images(self, prompts, seeds, tuned)
-
-    def configure_optimizers(self) -> Any:
-        """The optimizer over exactly the parameters that learn."""
-        return method.optimizers(self, self.optimizer, self.lr_scheduler)
-
-    def train(self, mode: bool = True) -> Direct:
-        """Keep every network in eval mode."""
-        super().train(False)
-        self.training = mode
-        return self
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Frozen networks are not in a checkpoint."""
-        checkpoint["state_dict"] = keep_trainable(checkpoint["state_dict"], self)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint whose names or shapes are not exactly the trainable ones."""
-        check_names(checkpoint["state_dict"], self)

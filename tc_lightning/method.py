@@ -21,7 +21,7 @@ from tc_lightning.rewards.base import BoundReward, Reward
 from tc_lightning.rewards.mix import RewardMix
 from tc_lightning.rewards.shared import shared_features
 from tc_lightning.sampling import sample
-from tc_lightning.trainable import trainable_names
+from tc_lightning.trainable import check_names, keep_trainable, trainable_names
 
 Optimizer = Callable[..., torch.optim.Optimizer]
 Schedulers = Callable[[torch.optim.Optimizer], LRScheduler]
@@ -142,3 +142,44 @@ def optimizers(method: LightningModule, optimizer: Optimizer, lr_scheduler: Sche
     if lr_scheduler is None:
         return made
     return {"optimizer": made, "lr_scheduler": {"scheduler": lr_scheduler(made), "interval": "step"}}
+
+
+class Method(LightningModule):
+    """Lightning's hooks that every method has alike; what a method learns from is its own `training_step`.
+
+    Beside the attributes above it has `optimizer` and `lr_scheduler`.
+    """
+
+    def on_train_start(self) -> None:
+        """Log the weights of the terms, once."""
+        log_weights(self)
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Every score [B] by name: `total` (the rewards' weighted sum), each reward, the constraint, what is watched."""
+        return all_scores(self, images, prompts)
+
+    def validation_step(self, batch: dict[str, list], batch_index: int) -> None:
+        """Score dev prompts sampled as at test time; logs val/total and val/<name>, and watch/<name> for what is watched."""
+        log_validation(self, batch)
+
+    def sample(self, prompts: Sequence[str], seeds: Sequence[int], tuned: bool = True) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] as at test time, or the original model's with `tuned=False` (text only)."""
+        return sample_images(self, prompts, seeds, tuned)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over exactly the parameters that learn, with its learning rate's schedule if there is one."""
+        return optimizers(self, self.optimizer, self.lr_scheduler)
+
+    def train(self, mode: bool = True) -> Method:
+        """Keep every network in eval mode: dropout has no place in a reward's gradient."""
+        super().train(False)
+        self.training = mode
+        return self
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Frozen networks are not in a checkpoint."""
+        checkpoint["state_dict"] = keep_trainable(checkpoint["state_dict"], self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose names or shapes are not exactly the trainable ones."""
+        check_names(checkpoint["state_dict"], self)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
-from pytorch_lightning import LightningModule
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -22,10 +20,9 @@ from tc_lightning.regularizers import Penalty, Step, original_conditioning, pena
 from tc_lightning.rewards.base import Reward
 from tc_lightning.rewards.mix import RewardMix
 from tc_lightning.schedules import LastK, at_step
-from tc_lightning.trainable import check_names, keep_trainable
 
 
-class TextCraftor(LightningModule):
+class TextCraftor(method.Method):
     """Fine-tunes a backbone's text encoder (and UNet, where `backbone.tune` said so) against differentiable rewards.
 
     Args:
@@ -168,27 +165,15 @@ class TextCraftor(LightningModule):
         method.log_terms(self, loss, total, terms)
         return loss
 
-    def on_train_start(self) -> None:
-        """Log the weights of the terms, once."""
-        method.log_weights(self)
-
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the gradient's norm before clipping, and the learning rate."""
         method.log_optimizer(self, optimizer)
-
-    def score(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Every score [B] by name: `total` (the rewards' weighted sum), each reward, the constraint, what is watched."""
-        return method.all_scores(self, images, prompts)
-
-    def validation_step(self, batch: dict[str, list], batch_index: int) -> None:
-        """Score dev prompts sampled as at test time; logs val/total and val/<name>, and watch/<name> for what is watched."""
-        method.log_validation(self, batch)
 
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], tuned: bool = True) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] as at test time, or the original model's with `tuned=False` (text only)."""
         # callbacks sample outside Lightning's steps, and so outside its autocast
         with self.trainer.precision_plugin.forward_context() if self._restore is not None else nullcontext():
-            return method.sample_images(self, prompts, seeds, tuned)
+            return super().sample(prompts, seeds, tuned)
 
     def lower_frozen(self, precision: str) -> None:
         """Hold frozen networks in the dtype of a mixed precision, by Lightning's name; nothing for another precision."""
@@ -204,21 +189,3 @@ class TextCraftor(LightningModule):
         if self._restore is not None:
             self._restore()
             self._restore = None
-
-    def configure_optimizers(self) -> Any:
-        """The optimizer over exactly the parameters that learn, with its learning rate's schedule if there is one."""
-        return method.optimizers(self, self.optimizer, self.lr_scheduler)
-
-    def train(self, mode: bool = True) -> TextCraftor:
-        """Keep every network in eval mode: dropout has no place in a reward's gradient."""
-        super().train(False)
-        self.training = mode
-        return self
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Frozen networks are not in a checkpoint."""
-        checkpoint["state_dict"] = keep_trainable(checkpoint["state_dict"], self)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint whose names or shapes are not exactly the trainable ones."""
-        check_names(checkpoint["state_dict"], self)
